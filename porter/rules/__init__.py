@@ -1,0 +1,1 @@
+"""Rewrite rules: one rule, one file, one class, one folder of cases."""
