@@ -24,7 +24,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	    echo "error: $$($(PYTHON) --version), expected Python 3.11 or newer; name one: make PYTHON=python3.11" >&2; exit 2; }
 	@echo "==> Making the virtual environment $(VENV) from constraints.txt"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@$(BIN)/pip install -qq --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 test: install
