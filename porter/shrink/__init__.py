@@ -1,0 +1,16 @@
+"""Tiny models for proofs: real checkpoint folders, lively weights, calls that fit."""
+
+from .checkpoint import component_hints, make_checkpoint, make_pipeline
+from .errors import ShrinkError
+from .kwargs import call_kwargs, image_sizes
+from .weights import enliven
+
+__all__ = [
+    "ShrinkError",
+    "call_kwargs",
+    "component_hints",
+    "enliven",
+    "image_sizes",
+    "make_checkpoint",
+    "make_pipeline",
+]

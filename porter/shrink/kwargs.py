@@ -1,0 +1,101 @@
+"""Keyword arguments for a small call of any pipeline, read from ``__call__``."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+TOKEN_ROWS = ((8, 8), (6, 10), (7, 9))
+"""Token rows and columns of the picture sizes: even, wide, odd."""
+
+PROMPTS = (
+    (
+        "a small cactus with a happy face",
+        "a red fox in deep snow, under a pale winter sun at dawn",
+        "two boats",
+    ),
+    (
+        "an astronaut riding a horse on the moon, highly detailed oil painting",
+        "a quiet lake",
+        "a photo of two wooden boats on a quiet lake, mist between the mountains",
+    ),
+)
+"""Two sets of prompts whose lengths differ, so that padding masks differ by row."""
+
+NEGATIVE_PROMPT = "blurry, watermark"
+GUIDANCE = 4.0
+SEQUENCE_LENGTHS = (48, 80)
+"""`max_sequence_length` for the short and the long set."""
+
+_GUIDANCE_NAMES = ("true_cfg_scale", "guidance_scale")
+
+
+def image_sizes(pipeline: Any) -> tuple[tuple[int, int], ...]:
+    """Three small legal (height, width) in pixels; token rows as in TOKEN_ROWS."""
+    cell = _cell(pipeline)
+    return tuple((rows * cell, columns * cell) for rows, columns in TOKEN_ROWS)
+
+
+def call_kwargs(
+    pipeline: Any,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    batch_size: int = 1,
+    guidance: bool = True,
+    text: int = 0,
+    num_inference_steps: int = 8,
+    seed: int = 0,
+    output_type: str = "latent",
+) -> dict[str, Any]:
+    """Arguments for one stock call of ``pipeline``.
+
+    Args:
+        height, width: pixels; None takes the first of :func:`image_sizes`.
+        batch_size: prompts in the call.
+        guidance: whether the second branch is on.
+        text: 0 or 1, one of two sets of prompts of different token counts.
+        num_inference_steps: denoising steps.
+        seed: of the fresh CPU generator.
+        output_type: as the pipeline takes it.
+
+    Returns:
+        Only names that ``__call__`` takes.
+    """
+    names = inspect.signature(type(pipeline).__call__).parameters
+    first = image_sizes(pipeline)[0]
+    texts = PROMPTS[text]
+    wanted: dict[str, Any] = {
+        "prompt": [texts[i % len(texts)] for i in range(batch_size)],
+        "height": height or first[0],
+        "width": width or first[1],
+        "num_inference_steps": num_inference_steps,
+        "generator": torch.Generator("cpu").manual_seed(seed),
+        "output_type": output_type,
+        "max_sequence_length": SEQUENCE_LENGTHS[text],
+        "use_resolution_binning": False,
+        **_guidance(names, batch_size, guidance),
+    }
+    return {name: value for name, value in wanted.items() if name in names}
+
+
+def _guidance(names: Any, batch_size: int, guidance: bool) -> dict[str, Any]:
+    """The scale that switches the second branch, and its prompt."""
+    scale = next((name for name in _GUIDANCE_NAMES if name in names), None)
+    if scale is None:
+        return {}
+    if not guidance:
+        return {scale: 1.0}
+    return {scale: GUIDANCE, "negative_prompt": [NEGATIVE_PROMPT] * batch_size}
+
+
+def _cell(pipeline: Any) -> int:
+    """Pixels along one side of a token."""
+    config = pipeline.transformer.config
+    patch = config.get("patch_size") or 1
+    patch = patch[-1] if isinstance(patch, list | tuple) else patch
+    if hasattr(pipeline, "_pack_latents"):
+        patch = max(patch, 2)
+    return int(getattr(pipeline, "vae_scale_factor", 8)) * int(patch)
