@@ -20,7 +20,7 @@ import torch
 
 from . import sizes, table, text
 from .errors import ShrinkError
-from .tokenizers import add_chat, make_tokenizer
+from .tokenizers import make_tokenizer
 from .weights import enliven
 
 Overrides = Mapping[str, Mapping[str, Any]]
