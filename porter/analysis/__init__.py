@@ -1,0 +1,1 @@
+"""Read-only analysis of upstream source; frozen dataclasses come out."""

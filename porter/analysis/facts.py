@@ -1,0 +1,116 @@
+"""What the rules are told about a model: literals that end up in the generated code.
+
+Every fact is measured by `porter.probe` on the shrunken model or read from its source by
+`porter.analysis`; none is derived from a class's name.  All facts turn into plain JSON, so
+that the lock can keep them beside the hashes of the source they were taken from.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenAxis:
+    """A dimension of a value that counts tokens.
+
+    Attributes:
+        dim: the dimension, the same for every tensor in the value.
+        streams: whose tokens it counts, in the order in which they lie.
+    """
+
+    dim: int
+    streams: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopFacts:
+    """One loop over transformer blocks.
+
+    Attributes:
+        blocks: attribute name of the block list.
+        lengths: for each stream that is sharded in this loop, the variable and dimension
+            that hold its tokens before the loop.
+        latents: the stream whose tokens follow the latents, if one stream does.
+        values: token axis of every variable read in the loop that counts sharded tokens,
+            the carried streams first.
+    """
+
+    blocks: str
+    lengths: Mapping[str, tuple[str, int]]
+    latents: str | None
+    values: Mapping[str, TokenAxis]
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerFacts:
+    """A denoising transformer.
+
+    Attributes:
+        loops: the regions, in the order in which `forward` runs them.
+        attention: for each attention module that works on sharded tokens, by path with
+            `*` for indices, the streams of its keys in order.
+        processors: qualified names of the processor classes of these modules.
+        layers: qualified names of layer classes outside the blocks that mix tokens.
+    """
+
+    loops: tuple[LoopFacts, ...]
+    attention: Mapping[str, tuple[str, ...]]
+    processors: tuple[str, ...]
+    layers: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineFacts:
+    """A pipeline and its denoising transformers.
+
+    Attributes:
+        cfg_style: "batched", "sequential" or "none": how the loop calls the transformer.
+        cfg_axes: for a batched call, the axis that guidance doubles of each argument leaf.
+        transformers: facts by component name.
+    """
+
+    cfg_style: str
+    cfg_axes: Mapping[str, int]
+    transformers: Mapping[str, TransformerFacts]
+
+
+def to_json(facts: Any) -> Any:
+    """Plain JSON of facts; `facts_from_json` is its inverse."""
+    return dataclasses.asdict(facts)
+
+
+def facts_from_json(data: Mapping[str, Any]) -> PipelineFacts:
+    """Pipeline facts from their JSON."""
+    return PipelineFacts(
+        cfg_style=data["cfg_style"],
+        cfg_axes=dict(data["cfg_axes"]),
+        transformers={
+            name: _transformer(item) for name, item in data["transformers"].items()
+        },
+    )
+
+
+def _transformer(data: Mapping[str, Any]) -> TransformerFacts:
+    return TransformerFacts(
+        loops=tuple(
+            LoopFacts(
+                blocks=loop["blocks"],
+                lengths={
+                    name: (variable, dim)
+                    for name, (variable, dim) in loop["lengths"].items()
+                },
+                latents=loop["latents"],
+                values={
+                    name: TokenAxis(axis["dim"], tuple(axis["streams"]))
+                    for name, axis in loop["values"].items()
+                },
+            )
+            for loop in data["loops"]
+        ),
+        attention={path: tuple(names) for path, names in data["attention"].items()},
+        processors=tuple(data["processors"]),
+        layers=tuple(data["layers"]),
+    )

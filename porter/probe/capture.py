@@ -1,0 +1,75 @@
+"""Records the transformer calls that a stock pipeline makes in its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from porter.verify.hooks import denoisers
+
+
+@dataclass(frozen=True)
+class TransformerCall:
+    """One call: the component and its arguments by parameter name."""
+
+    component: str
+    arguments: Mapping[str, Any]
+
+
+class _FirstStepDone(Exception):
+    """Ends the pipeline's run once the first step's calls are known."""
+
+
+def first_step_calls(
+    pipeline: Any, kwargs: Mapping[str, Any]
+) -> tuple[TransformerCall, ...]:
+    """The calls of all denoising transformers before the first scheduler step."""
+    calls: list[TransformerCall] = []
+    handles = []
+    for name, module in denoisers(pipeline).items():
+        handles.append(
+            module.register_forward_pre_hook(_recorder(name, calls), with_kwargs=True)
+        )
+    try:
+        with torch.no_grad(), _stop_at_step(pipeline.scheduler):
+            pipeline(**kwargs)
+    except _FirstStepDone:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(calls)
+
+
+def _recorder(name: str, calls: list[TransformerCall]) -> Any:
+    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+        import inspect
+
+        bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
+        arguments = dict(list(bound.arguments.items())[1:])
+        calls.append(TransformerCall(name, arguments))
+
+    return record
+
+
+@contextmanager
+def _stop_at_step(scheduler: Any) -> Iterator[None]:
+    """`scheduler.step` ends the run; its signature stays readable for pipelines that look."""
+    import functools
+
+    original = scheduler.step
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        raise _FirstStepDone
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step

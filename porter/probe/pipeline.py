@@ -1,0 +1,69 @@
+"""Measures everything that the rules need to know about one pipeline."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+from porter.analysis.facts import PipelineFacts
+from porter.errors import Refusal
+from porter.parsed import ParsedModule
+from porter.probe.capture import TransformerCall, first_step_calls
+from porter.probe.guidance import measure_guidance
+from porter.probe.transformer import probe_transformer
+from porter.shrink import call_kwargs, image_sizes, make_checkpoint
+
+ParsedOf = Callable[[type], ParsedModule]
+
+
+def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
+    """Facts of `pipeline_class`, measured on a shrunken copy.
+
+    Args:
+        pipeline_class: the stock class.
+        parsed_of: gives the parsed module that defines a class.
+
+    Raises:
+        Refusal: no tiny copy can be made, or a value or attention is not covered.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        make_checkpoint(pipeline_class, folder)
+        pipeline = pipeline_class.from_pretrained(folder)  # type: ignore[attr-defined]
+    pipeline.set_progress_bar_config(disable=True)
+    first = image_sizes(pipeline)[0]
+    kwargs_of = functools.partial(
+        call_kwargs, pipeline, height=first[0], width=first[1], num_inference_steps=2
+    )
+    style, axes = measure_guidance(pipeline, kwargs_of)
+    variants = [_first_calls(pipeline, size, 0) for size in image_sizes(pipeline)]
+    variants.append(_first_calls(pipeline, first, 1))
+    transformers = {
+        name: probe_transformer(
+            getattr(pipeline, name),
+            parsed_of(type(getattr(pipeline, name))),
+            [calls[name] for calls in variants],
+        )
+        for name in variants[0]
+        if all(name in calls for calls in variants)
+    }
+    if not transformers:
+        raise Refusal(
+            f"{pipeline_class.__name__} calls no transformer in its first step",
+            expected="a denoising transformer",
+        )
+    return PipelineFacts(cfg_style=style, cfg_axes=axes, transformers=transformers)
+
+
+def _first_calls(
+    pipeline: Any, size: tuple[int, int], text: int
+) -> dict[str, TransformerCall]:
+    """The first call of each component at one image size and text length."""
+    kwargs = call_kwargs(
+        pipeline, height=size[0], width=size[1], text=text, num_inference_steps=2
+    )
+    found: dict[str, TransformerCall] = {}
+    for call in first_step_calls(pipeline, kwargs):
+        found.setdefault(call.component, call)
+    return found

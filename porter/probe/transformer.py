@@ -1,0 +1,365 @@
+"""Measures the token axes and the attention of one transformer."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+
+from porter.analysis.block_loops import BlockLoop, find_block_loops, find_method
+from porter.analysis.facts import LoopFacts, TokenAxis, TransformerFacts
+from porter.errors import Refusal
+from porter.parsed import ParsedModule
+from porter.probe.capture import TransformerCall
+from porter.probe.instrument import instrumented_forward
+from porter.probe.leaves import leaf_shapes
+from porter.probe.provenance import KeyOrigins, runs_of
+
+
+@dataclass
+class _LoopRun:
+    """What one run saw at one loop."""
+
+    shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
+    integers: dict[str, int] = field(default_factory=dict)
+    block: nn.Module | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+def probe_transformer(
+    model: nn.Module, source: ParsedModule, calls: Sequence[TransformerCall]
+) -> TransformerFacts:
+    """Facts of `model` from calls at several image sizes and text lengths.
+
+    Args:
+        model: the shrunken stock model.
+        source: the module that defines its class.
+        calls: one call a variant; the image size and the text length each change.
+
+    Raises:
+        Refusal: a token-indexed value or an attention that no mechanism covers.
+    """
+    owner = source.class_def(type(model).__name__)
+    forward = find_method(source, owner, "forward")
+    loops = find_block_loops(source, forward)
+    runs = [_run(model, source, forward, loops, call) for call in calls]
+    facts: list[LoopFacts] = []
+    attention: dict[str, tuple[str, ...]] = {}
+    processors: dict[str, None] = {}
+    for loop in loops:
+        seen = [run[loop.blocks] for run in runs if loop.blocks in run]
+        if len(seen) != len(calls):
+            continue
+        measured = _LoopProbe(source, loop, seen).measure()
+        if measured is not None:
+            facts.append(measured.facts)
+            attention.update(measured.attention)
+            processors.update(dict.fromkeys(measured.processors))
+    if not facts:
+        raise Refusal(
+            f"no loop over transformer blocks in {type(model).__name__}.forward",
+            expected="a loop that carries the image tokens",
+            where=source.where(forward),
+        )
+    lists = {loop.blocks for loop in loops}
+    return TransformerFacts(
+        tuple(facts), attention, tuple(sorted(processors)), _layers(model, lists)
+    )
+
+
+def _run(
+    model: nn.Module,
+    source: ParsedModule,
+    forward: Any,
+    loops: tuple[BlockLoop, ...],
+    call: TransformerCall,
+) -> dict[str, _LoopRun]:
+    """One instrumented forward; what each loop saw, by block list."""
+    seen: dict[str, _LoopRun] = {}
+    reads = {loop.blocks: set(loop.reads) | set(loop.carried) for loop in loops}
+
+    def report(blocks: str, names: dict[str, Any]) -> None:
+        run = seen.setdefault(blocks, _LoopRun())
+        for name in reads[blocks] & set(names):
+            run.shapes[name] = leaf_shapes(names[name])
+            if type(names[name]) is int:
+                run.integers[name] = names[name]
+
+    def first_block(blocks: str) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            run = seen.setdefault(blocks, _LoopRun())
+            if run.block is None:
+                run.block, run.args, run.kwargs = module, args, dict(kwargs)
+
+        return hook
+
+    handles = [
+        getattr(model, blocks)[0].register_forward_pre_hook(
+            first_block(blocks), with_kwargs=True
+        )
+        for blocks in reads
+    ]
+    function = instrumented_forward(source, forward, loops, model, report)
+    arguments = {
+        name: dict(value) if isinstance(value, dict) else value
+        for name, value in call.arguments.items()
+    }
+    try:
+        with torch.no_grad():
+            function(**arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@dataclass(frozen=True)
+class _Measured:
+    facts: LoopFacts
+    attention: dict[str, tuple[str, ...]]
+    processors: tuple[str, ...]
+
+
+class _LoopProbe:
+    """Solves one loop's facts from what several runs saw."""
+
+    def __init__(
+        self, source: ParsedModule, loop: BlockLoop, runs: Sequence[_LoopRun]
+    ) -> None:
+        self._source = source
+        self._loop = loop
+        self._runs = runs
+        self._where = source.where(loop.node)
+
+    def measure(self) -> _Measured | None:
+        """The loop's facts; None for a loop that carries no image tokens."""
+        axes = {
+            name: axis
+            for name in self._variables()
+            if (axis := self._varying(name, "")) is not None
+        }
+        image = [n for n in self._loop.carried if n in axes and self._with_image(n, axes)]
+        if not image:
+            return None
+        origins = self._key_origins(axes)
+        streams = dict.fromkeys(name for name in self._loop.carried if name in axes)
+        for keys in origins.values():
+            if any(name in streams for name in keys):
+                streams.update(dict.fromkeys(keys))
+        lengths = {name: self._lengths(name, axes[name]) for name in streams}
+        order = self._joint_order(origins, streams)
+        values = self._values(lengths, order)
+        sharded = {
+            path: keys for path, keys in origins.items() if set(keys) & set(streams)
+        }
+        return _Measured(
+            LoopFacts(
+                blocks=self._loop.blocks,
+                lengths={name: (name, axes[name]) for name in streams},
+                latents=self._latents(image, lengths),
+                values=values,
+            ),
+            {f"{self._loop.blocks}.*.{path}": keys for path, keys in sharded.items()},
+            self._processors(sharded),
+        )
+
+    def _variables(self) -> list[str]:
+        """Names that hold tensors in every run."""
+        names = dict.fromkeys((*self._loop.carried, *self._loop.reads))
+        return [n for n in names if all(run.shapes.get(n) for run in self._runs)]
+
+    def _varying(self, name: str, path: str) -> int | None:
+        """The first dimension of a bare tensor that changes between the runs."""
+        shapes = [run.shapes[name].get(path) for run in self._runs]
+        first = shapes[0]
+        if first is None or any(s is None or len(s) != len(first) for s in shapes):
+            return None
+        for dim in range(len(first)):
+            if len({shape[dim] for shape in shapes if shape is not None}) > 1:
+                return dim
+        return None
+
+    def _lengths(self, name: str, dim: int) -> tuple[int, ...]:
+        return tuple(run.shapes[name][""][dim] for run in self._runs)
+
+    def _with_image(self, name: str, axes: Mapping[str, int]) -> bool:
+        """True when the tokens change between the first two runs: another image size."""
+        lengths = self._lengths(name, axes[name])
+        return lengths[0] != lengths[1]
+
+    def _latents(
+        self, image: Sequence[str], lengths: Mapping[str, tuple[int, ...]]
+    ) -> str | None:
+        """The one stream that follows the image size and not the text length."""
+        alone = [name for name in image if lengths[name][0] == lengths[name][-1]]
+        return alone[0] if len(alone) == 1 else None
+
+    def _parameters(self) -> dict[str, str]:
+        """Variable of each parameter of the block that is a plain name."""
+        block = self._runs[0].block
+        assert block is not None
+        names = list(inspect.signature(type(block).forward).parameters)[1:]
+        return {
+            (names[key] if isinstance(key, int) else key): text
+            for key, text in self._loop.arguments
+            if text.isidentifier() and (not isinstance(key, int) or key < len(names))
+        }
+
+    def _key_origins(self, axes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+        """Streams of the keys of each attention module of the block, in order."""
+        run = self._runs[0]
+        assert run.block is not None
+        variables = {
+            parameter: name
+            for parameter, name in self._parameters().items()
+            if name in axes
+        }
+        carried = {p for p, name in variables.items() if name in self._loop.carried}
+        self._origins = KeyOrigins(
+            run.block,
+            run.args,
+            run.kwargs,
+            {parameter: axes[name] for parameter, name in variables.items()},
+            carried,
+        ).run()
+        found: dict[str, tuple[str, ...]] = {}
+        for path, rows in self._origins.keys.items():
+            runs = runs_of(rows) if rows is not None else None
+            if runs is None:
+                raise Refusal(
+                    f"keys of attention {self._loop.blocks}.*.{path} that are no whole "
+                    "streams in order",
+                    expected="concatenated token streams",
+                    where=self._where,
+                )
+            found[re.sub(r"\.\d+\.", ".*.", path)] = tuple(
+                variables[parameter] for parameter, _ in runs
+            )
+        return found
+
+    def _joint_order(
+        self, origins: Mapping[str, tuple[str, ...]], streams: Mapping[str, None]
+    ) -> tuple[str, ...]:
+        """The order of streams in joint sequences."""
+        orders = {keys for keys in origins.values() if len(keys) > 1}
+        if len(orders) > 1:
+            raise Refusal(
+                f"joint attentions with keys in {len(orders)} orders",
+                expected="one order of the streams in a block",
+                where=self._where,
+            )
+        joint = next(iter(orders), ())
+        return joint + tuple(name for name in streams if name not in joint)
+
+    def _values(
+        self, lengths: Mapping[str, tuple[int, ...]], order: tuple[str, ...]
+    ) -> dict[str, TokenAxis]:
+        """Token axes of all variables that the loop reads."""
+        values: dict[str, TokenAxis] = {}
+        for name in self._variables():
+            axes = {self._token_axis(name, path, lengths, order) for path in self._paths(name)}
+            if axes == {None}:
+                continue
+            if len(axes) > 1 or None in axes:
+                raise Refusal(
+                    f"value {name} whose tensors hold tokens in different ways",
+                    expected="one token axis",
+                    where=self._where,
+                )
+            axis = axes.pop()
+            assert axis is not None
+            values[name] = axis
+        self._check_integers()
+        return values
+
+    def _paths(self, name: str) -> list[str]:
+        return list(self._runs[0].shapes[name])
+
+    def _token_axis(
+        self,
+        name: str,
+        path: str,
+        lengths: Mapping[str, tuple[int, ...]],
+        order: tuple[str, ...],
+    ) -> TokenAxis | None:
+        shapes = [run.shapes[name].get(path, ()) for run in self._runs]
+        found: list[TokenAxis] = []
+        unknown = False
+        for dim in range(min(len(shape) for shape in shapes)):
+            extents = tuple(shape[dim] for shape in shapes)
+            if len(set(extents)) == 1:
+                continue
+            streams = _sum_of(extents, lengths, order)
+            if streams is not None:
+                found.append(TokenAxis(dim, streams))
+            elif extents[0] != extents[1]:
+                unknown = True
+        if unknown or len(found) > 1:
+            raise Refusal(
+                f"value {name} of shapes {sorted(set(shapes))} with "
+                f"{'an image-sized axis that is no token axis' if unknown else 'two token axes'}",
+                expected="at most one axis that counts the streams' tokens",
+                where=self._where,
+            )
+        return found[0] if found else None
+
+    def _check_integers(self) -> None:
+        for name, value in self._runs[0].integers.items():
+            if any(run.integers.get(name) != value for run in self._runs):
+                raise Refusal(
+                    f"integer {name} that changes with the image or the text reaches the "
+                    "blocks",
+                    expected="no global sizes in a block",
+                    where=self._where,
+                )
+
+    def _processors(self, sharded: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+        names = []
+        for path, module in self._origins.modules.items():
+            if re.sub(r"\.\d+\.", ".*.", path) in sharded:
+                processor = getattr(module, "processor", None)
+                if processor is None:
+                    raise Refusal(
+                        f"attention {type(module).__name__} without a processor",
+                        expected="one that can be replaced",
+                        where=self._where,
+                    )
+                names.append(qualified_name(type(processor)))
+        return tuple(sorted(set(names)))
+
+
+def _sum_of(
+    extents: tuple[int, ...],
+    lengths: Mapping[str, tuple[int, ...]],
+    order: tuple[str, ...],
+) -> tuple[str, ...] | None:
+    """The streams whose lengths add up to `extents` in every run, in joint order."""
+    for count in range(1, len(order) + 1):
+        for names in combinations(order, count):
+            total = tuple(sum(parts) for parts in zip(*(lengths[n] for n in names), strict=True))
+            if total == extents:
+                return names
+    return None
+
+
+def _layers(model: nn.Module, block_lists: set[str]) -> tuple[str, ...]:
+    """Classes of convolutions and patch embeddings outside the blocks."""
+    found = set()
+    for path, module in model.named_modules():
+        if path.split(".")[0] not in block_lists and (
+            isinstance(module, nn.Conv2d) or type(module).__name__ == "PatchEmbed"
+        ):
+            found.add(qualified_name(type(module)))
+    return tuple(sorted(found))
+
+
+def qualified_name(cls: type) -> str:
+    """`module.Class` of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"

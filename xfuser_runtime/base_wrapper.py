@@ -1,0 +1,80 @@
+"""What every wrapper shares: it is a subclass of the class it wraps and answers for it.
+
+A wrapped object is the very object that diffusers made, with its class swapped for a
+subclass that holds the rewritten method.  Wherever diffusers looks at the class of an
+object (`save_pretrained`, `from_pipe`, `AutoPipeline*`, `to_json_string`) it must find
+upstream's, so `obj.__class__` and class equality answer with the upstream class, while
+`type(obj)` stays the wrapper.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def upstream_class(cls: type) -> type:
+    """The class that `cls` wraps: the first base that is no wrapper itself."""
+    for base in cls.__mro__[1:]:
+        if not issubclass(base, xFuserBaseWrapper) and base is not _AnswersForUpstream:
+            return base
+    return cls
+
+
+def swap_class(obj: object, cls: type) -> None:
+    """Set the real class of `obj`, past any `__class__` property and `__setattr__`."""
+    object.__dict__["__class__"].__set__(obj, cls)
+
+
+class _AnswersForUpstream:
+    """`obj.__class__` is upstream's class, for all code that introspects by it.
+
+    It holds nothing else: a class body that assigns `__class__` cannot use `super()`.
+    """
+
+    __class__ = property(lambda self: upstream_class(type(self)))  # type: ignore[assignment]
+
+
+class EqualsUpstream(type):
+    """Metaclass: a wrapper class equals, and hashes as, the class that it wraps.
+
+    `DiffusionPipeline.from_pipe` keeps a component only if `type(component)` is in the
+    list of types that its signature names.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        if cls is other:
+            return True
+        return isinstance(other, type) and upstream_class(cls) is (
+            upstream_class(other) if isinstance(other, EqualsUpstream) else other
+        )
+
+    def __hash__(cls) -> int:
+        return type.__hash__(upstream_class(cls))
+
+
+class xFuserBaseWrapper(_AnswersForUpstream):
+    """Root of all wrappers (manual, section 0)."""
+
+    @staticmethod
+    def forward_check_condition(forward: F) -> F:
+        """Guard a generated `forward` (manual, section 2).
+
+        Without sequence or pipeline parallelism the upstream `forward` runs as it is, so
+        that a single device pays nothing for being wrapped.  Otherwise the call is
+        counted in the pass (K/V caches are kept per call: a conditional and an
+        unconditional call never share one), and the pass learns that it entered
+        generated code.
+
+        Raises:
+            RuntimeError: when no runtime state has been initialised.
+        """
+
+        @functools.wraps(forward)
+        def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._forward_in_pass(forward, args, kwargs)
+
+        return checked  # type: ignore[return-value]

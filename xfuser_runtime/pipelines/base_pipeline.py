@@ -1,0 +1,222 @@
+"""The base of all generated pipeline wrappers (manual, section 1).
+
+Every rank runs the same `__call__` on whole latents.  The parallel work hides behind the
+transformer call, `scheduler.step` and the iterator of the denoising loop, all of which are
+here; the generated subclass holds the rewritten `__call__`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import nn
+
+from xfuser_runtime.base_wrapper import (
+    swap_class,
+    upstream_class,
+    xFuserBaseWrapper,
+)
+from xfuser_runtime.config import EngineConfig
+from xfuser_runtime.distributed import parallel_state
+from xfuser_runtime.distributed.collectives import all_reduce_max
+from xfuser_runtime.distributed.launch import prepare_environment
+from xfuser_runtime.distributed.runtime_state import get_runtime_state
+from xfuser_runtime.pipelines import cfg
+from xfuser_runtime.pipelines.data_parallel import enable_data_parallel
+from xfuser_runtime.pipelines.denoising_loop import DenoisingLoop
+from xfuser_runtime.randomness import same_randomness
+from xfuser_runtime.schedulers import wrap_scheduler
+from xfuser_runtime.transformers.register import xFuserTransformerWrappersRegister
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _WrapsPipelines(type):
+    """`cls(pipeline, engine_config)` re-classes the pipeline instead of building one."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if args and isinstance(args[0], DiffusionPipeline):
+            return cls.wrap(*args, **kwargs)  # type: ignore[attr-defined]
+        # diffusers builds pipelines from components (`from_pipe`, `from_pretrained`).
+        pipeline = upstream_class(cls)(*args, **kwargs)
+        return cls.wrap(  # type: ignore[attr-defined]
+            pipeline, get_runtime_state().engine_config
+        )
+
+
+class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
+    """A pipeline that runs in parallel and is the upstream pipeline in all else."""
+
+    @classmethod
+    def wrap(
+        cls, pipeline: DiffusionPipeline, engine_config: EngineConfig
+    ) -> DiffusionPipeline:
+        """Swap the class of `pipeline`; its whole `__dict__` stays as it is.
+
+        Raises:
+            ValueError: when the pipeline is of another class, a mode is not proven or the
+                degrees do not fit the world size.
+        """
+        original = upstream_class(cls)
+        if upstream_class_of_instance(pipeline) is not original:
+            raise ValueError(
+                f"a pipeline of class {type(pipeline).__name__}, expected "
+                f"{original.__name__}; wrap it with the port of its own class"
+            )
+        cls.check_proven(engine_config)
+        prepare_environment(engine_config)
+        swap_class(pipeline, cls)
+        for name, component in list(pipeline.components.items()):
+            if isinstance(component, nn.Module):
+                pipeline._wrap_module(component)
+            elif isinstance(component, SchedulerMixin):
+                setattr(pipeline, name, component)
+        return pipeline
+
+    @classmethod
+    def check_proven(cls, engine_config: EngineConfig) -> None:
+        """Refuse modes that `porter verify` has not proven; the loader of ports sets it."""
+
+    @classmethod
+    def _wrap_module(cls, module: nn.Module) -> None:
+        inner = getattr(module, "_orig_mod", module)
+        wrapper = xFuserTransformerWrappersRegister.find(type(inner))
+        if wrapper is not None:
+            wrapper.wrap(inner)  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Components assigned later are wrapped as well."""
+        if isinstance(value, SchedulerMixin):
+            value = wrap_scheduler(value)
+        elif isinstance(value, nn.Module):
+            self._wrap_module(value)
+        super().__setattr__(name, value)
+
+    # -- decorators of the generated __call__, in this order ---------------------------
+
+    enable_data_parallel = staticmethod(enable_data_parallel)
+
+    @staticmethod
+    def check_to_use_naive_forward(function: F) -> F:
+        """Run upstream's own `__call__` where only data parallelism is on (manual, 1).
+
+        Otherwise all ranks of the replica are given the same random state, and the pass
+        state is cleared whatever happens.
+        """
+
+        @functools.wraps(function)
+        def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+            group = parallel_state.get_replica_group()
+            if group.world_size == 1:
+                return upstream_class(type(self)).__call__(self, *args, **kwargs)
+            with same_randomness(group, args, kwargs):
+                try:
+                    return function(self, *args, **kwargs)
+                finally:
+                    self._end_loop()
+
+        return checked  # type: ignore[return-value]
+
+    # -- what the generated __call__ calls ----------------------------------------------
+
+    def _sync_pipeline(
+        self, items: Iterable[Any], num_warmup_steps: int, *, callback: Any = None
+    ) -> Iterator[Any]:
+        """Whole passes over the warm-up steps; over all steps where there is one stage or
+        no step is left after the warm-up (the manual's `sync_only`)."""
+        loop = DenoisingLoop(
+            list(items),
+            num_warmup_steps,
+            get_runtime_state(),
+            has_callback=callback is not None,
+        )
+        self.__dict__["_xfuser_loop"] = loop
+        for item in loop.sync_steps():
+            yield item
+            self._agree_to_interrupt()
+
+    def _async_pipeline(self) -> Iterator[Any]:
+        """One pass for each patch of each step that `_sync_pipeline` left (PipeFusion)."""
+        for item in self._loop.async_steps():
+            yield item
+            self._agree_to_interrupt()
+
+    def _receive_patch(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents this pass starts from; see `DenoisingLoop.receive`."""
+        return self._loop.receive(latents)
+
+    def _commit_patch(self, before: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+        """The latents after this pass; see `DenoisingLoop.commit`.
+
+        Raises:
+            RuntimeError: when no transformer call of the pass entered generated code (a
+                hook installed before wrapping still calls upstream's forward, say).
+        """
+        if get_runtime_state().call_index < 0:
+            raise RuntimeError(
+                "no transformer call of this step entered the port, expected at least one; "
+                "wrap the pipeline after the transformer is compiled, hooked or replaced"
+            )
+        return self._loop.commit(before, latents)
+
+    def _step_is_complete(self) -> bool:
+        """True in the last pass of a step: callbacks and the progress bar run once a step."""
+        return self._loop.step_is_complete
+
+    def _process_cfg_split_batch(self, *negative_and_positive: Any) -> Any:
+        """The guided batch, or this rank's half of it; see `cfg.split_batch`."""
+        return cfg.split_batch(*negative_and_positive)
+
+    def _restore_cfg_batch(self, *halves: Any) -> Any:
+        """Both branches again, for a callback; see `cfg.restore_batch`."""
+        return cfg.restore_batch(*halves)
+
+    def _cfg_batched_call(
+        self, transformer: Any, axes: Mapping[str, int]
+    ) -> Callable[..., Any]:
+        """One transformer call for both branches; see `cfg.batched_call`."""
+        shape = get_runtime_state().latents_shape
+        assert shape is not None
+        return cfg.batched_call(transformer, axes, shape[0])
+
+    def _cfg_branch_call(
+        self, transformer: Any, branch: int, other_runs: bool
+    ) -> Callable[..., Any]:
+        """One of two sequential transformer calls; see `cfg.branch_call`."""
+        return cfg.branch_call(transformer, branch, other_runs)
+
+    def _cfg_exchange_branches(self, first: Any, second: Any) -> Any:
+        """The outputs of both branches on both ranks; see `cfg.exchange_branches`."""
+        return cfg.exchange_branches(first, second)
+
+    @property
+    def _loop(self) -> DenoisingLoop:
+        loop: DenoisingLoop = self.__dict__["_xfuser_loop"]
+        return loop
+
+    def _end_loop(self) -> None:
+        loop = self.__dict__.pop("_xfuser_loop", None)
+        if loop is not None:
+            loop.finish()
+
+    def _agree_to_interrupt(self) -> None:
+        """After a step with a callback: if one rank wants to stop, all stop."""
+        if not self._loop.has_callback or not self._loop.step_is_complete:
+            return
+        if not hasattr(self, "_interrupt"):
+            return
+        group = parallel_state.get_replica_group()
+        device = self._execution_device  # type: ignore[attr-defined]
+        self._interrupt = bool(
+            all_reduce_max(torch.tensor(int(bool(self._interrupt)), device=device), group)
+        )
+
+
+def upstream_class_of_instance(value: object) -> type:
+    """The upstream class of an object that may be wrapped already."""
+    cls = type(value)
+    return upstream_class(cls) if issubclass(cls, xFuserBaseWrapper) else cls

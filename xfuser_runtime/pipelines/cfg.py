@@ -1,0 +1,188 @@
+"""Classifier-free guidance over two ranks, made at the transformer call.
+
+Batched guidance puts both branches into one call with a doubled batch: each rank takes
+its half of every doubled argument, and the outputs are gathered.  Sequential guidance
+calls the transformer twice: each rank makes one of the calls, then they exchange.
+The order of the halves is upstream's, so nothing after the call changes.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from xfuser_runtime.distributed import parallel_state
+from xfuser_runtime.distributed.collectives import all_gather
+from xfuser_runtime.distributed.runtime_state import get_runtime_state
+from xfuser_runtime.transformers.outputs import map_tensors
+
+
+def split_batch(*negative_and_positive: Any) -> Any:
+    """The guided batch of each (negative, positive) pair, or this rank's half of it.
+
+    Args:
+        negative_and_positive: negative, positive, negative mask, mask, ... The order is
+            xDiT's; the manual's listing has the positive first.
+
+    Returns:
+        One value for one pair, a tuple for more: `cat([negative, positive])` on one rank,
+        the negative on CFG rank 0 and the positive on CFG rank 1 otherwise.
+    """
+    pairs = list(
+        zip(negative_and_positive[::2], negative_and_positive[1::2], strict=True)
+    )
+    if parallel_state.get_classifier_free_guidance_world_size() == 1:
+        batches = [None if n is None else torch.cat([n, p], dim=0) for n, p in pairs]
+    else:
+        rank = parallel_state.get_classifier_free_guidance_rank()
+        batches = [pair[rank] for pair in pairs]
+        get_runtime_state().cfg_batch_is_split = True
+    return batches[0] if len(batches) == 1 else tuple(batches)
+
+
+def restore_batch(*halves: Any) -> Any:
+    """Both branches of what `split_batch` cut, on every rank, for a callback to see.
+
+    Later passes then carry whole batches, which the transformer call cuts itself.
+    """
+    state = get_runtime_state()
+    if state.cfg_batch_is_split:
+        halves = tuple(_gather_batch(half) for half in halves)
+        state.cfg_batch_is_split = False
+    return halves[0] if len(halves) == 1 else halves
+
+
+def batched_call(
+    transformer: Callable[..., Any], axes: Mapping[str, int], batch_size: int
+) -> Callable[..., Any]:
+    """`transformer`, run on this rank's branch of a doubled batch.
+
+    Args:
+        transformer: the wrapped transformer.
+        axes: batch axis of every argument that guidance doubles, by parameter name with
+            a dot for keys of dicts.  An argument of twice the latents' batch is halved;
+            one of the latents' batch has been split already or holds for both branches.
+        batch_size: batch of the latents.
+    """
+    if parallel_state.get_classifier_free_guidance_world_size() == 1:
+        return transformer
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = _signature(_forward_of(transformer)).bind(*args, **kwargs)
+        halves = _Halves(batch_size)
+        for path, axis in axes.items():
+            halves.take(bound.arguments, path.split("."), axis)
+        if not (halves.taken or get_runtime_state().cfg_batch_is_split):
+            return transformer(*args, **kwargs)
+        output = transformer(*bound.args, **bound.kwargs)
+        if not parallel_state.is_pipeline_last_stage():
+            return map_tensors(lambda leaf: torch.cat([leaf, leaf]), output)
+        return map_tensors(_gather_batch, output)
+
+    return call
+
+
+def branch_call(
+    transformer: Any, branch: int, other_runs: bool
+) -> Callable[..., Any]:
+    """`transformer` for one of two sequential branches; the other rank runs the other one.
+
+    Args:
+        transformer: the wrapped transformer.
+        branch: 0 for the call that upstream makes first.
+        other_runs: the guard of the second call, known before the first.
+    """
+    state = get_runtime_state()
+    if branch == 0:
+        state.cfg_branches_are_split = (
+            bool(other_runs)
+            and parallel_state.get_classifier_free_guidance_world_size() == 2
+        )
+    if not state.cfg_branches_are_split:
+        return transformer  # type: ignore[no-any-return]
+    if parallel_state.get_classifier_free_guidance_rank() == branch:
+        return transformer  # type: ignore[no-any-return]
+
+    def skipped(*args: Any, **kwargs: Any) -> Any:
+        state.enter_transformer_call()
+        return transformer.output_template(args, kwargs).zeros()
+
+    return skipped
+
+
+def exchange_branches(first: torch.Tensor, second: torch.Tensor) -> Any:
+    """The outputs of both branches on both ranks.
+
+    Raises:
+        ValueError: when the branches have different shapes.
+    """
+    state = get_runtime_state()
+    if not state.cfg_branches_are_split or not parallel_state.is_pipeline_last_stage():
+        return first, second
+    if first.shape != second.shape:
+        raise ValueError(
+            f"outputs of shapes {tuple(first.shape)} and {tuple(second.shape)} of the two "
+            "guidance branches, expected one shape; run without use_cfg_parallel"
+        )
+    own = (first, second)[parallel_state.get_classifier_free_guidance_rank()]
+    both = all_gather(
+        own.unsqueeze(0), 0, (1, 1), parallel_state.get_cfg_group()
+    )
+    return both[0], both[1]
+
+
+class _Halves:
+    """Replaces doubled leaves of bound arguments by this rank's half."""
+
+    def __init__(self, batch_size: int) -> None:
+        self.taken = False
+        self._batch_size = batch_size
+        self._rank = parallel_state.get_classifier_free_guidance_rank()
+
+    def take(self, arguments: dict[str, Any], path: list[str], axis: int) -> None:
+        """Halve `arguments[path[0]][path[1]]...` where it is doubled."""
+        key, *rest = path
+        value = arguments.get(key)
+        if value is None:
+            return
+        if rest:
+            inner = dict(value)
+            self.take(inner, rest, axis)
+            arguments[key] = inner
+            return
+        arguments[key] = map_tensors(functools.partial(self._half, path, axis), value)
+
+    def _half(self, path: list[str], axis: int, leaf: torch.Tensor) -> torch.Tensor:
+        extent = leaf.shape[axis]
+        if extent == 2 * self._batch_size:
+            self.taken = True
+            return leaf.narrow(axis, self._rank * self._batch_size, self._batch_size)
+        if extent == self._batch_size:
+            return leaf
+        raise ValueError(
+            f"argument {path[-1]} has {extent} rows on axis {axis}, expected "
+            f"{self._batch_size} or {2 * self._batch_size}; run without use_cfg_parallel"
+        )
+
+
+def _gather_batch(half: Any) -> Any:
+    if not isinstance(half, torch.Tensor):
+        return half
+    size = half.shape[0]
+    return all_gather(half, 0, (size, size), parallel_state.get_cfg_group())
+
+
+def _forward_of(transformer: Any) -> Callable[..., Any]:
+    # A compiled module hides the parameters of the module it runs.
+    return type(getattr(transformer, "_orig_mod", transformer)).forward
+
+
+@functools.cache
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    signature = inspect.signature(forward)
+    parameters = list(signature.parameters.values())[1:]
+    return signature.replace(parameters=parameters)

@@ -1,0 +1,136 @@
+"""The passes of a denoising loop: one a step, or one a (step, patch).
+
+Warm-up steps are synchronous: each pass works on whole latents.  The steps after them are
+asynchronous (PipeFusion): each pass works on one patch, and the stages work on different
+patches at the same time.  Three values travel between the first and the last stage:
+whole latents after a synchronous step, a patch's rows after an asynchronous pass, and
+whole latents to every stage at the end of a step when a callback wants to see them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from xfuser_runtime.distributed import parallel_state
+from xfuser_runtime.distributed.collectives import P2PChannel
+from xfuser_runtime.distributed.runtime_state import RuntimeState
+
+
+class DenoisingLoop:
+    """Drives the passes of one call of a pipeline.
+
+    Args:
+        items: what upstream's loop iterates over, one item a step.
+        num_warmup_steps: synchronous steps before the asynchronous ones.
+        state: runtime state of this rank.
+        has_callback: a callback runs at the end of each step on whole latents.
+    """
+
+    def __init__(
+        self,
+        items: list[Any],
+        num_warmup_steps: int,
+        state: RuntimeState,
+        *,
+        has_callback: bool,
+    ) -> None:
+        self._items = items
+        self._state = state
+        self.has_callback = has_callback
+        self._group = parallel_state.get_pp_group()
+        self._num_stages = self._group.world_size
+        self.sync_only = self._num_stages == 1 or num_warmup_steps >= len(items)
+        self._num_sync = len(items) if self.sync_only else num_warmup_steps
+        self._num_patches = 1 if self.sync_only else state.runtime_config.num_pipeline_patch
+        self._channel = (
+            P2PChannel(self._group, feedback=True) if self._num_stages > 1 else None
+        )
+
+    def sync_steps(self) -> Iterator[Any]:
+        """Whole passes over the warm-up steps, over all steps when `sync_only`."""
+        self._state.num_patches = self._num_patches
+        for step in range(self._num_sync):
+            self._state.start_pass(step=step, patch=None)
+            yield self._items[step]
+
+    def async_steps(self) -> Iterator[Any]:
+        """One pass a patch for each step after the warm-up."""
+        for step in range(self._num_sync, len(self._items)):
+            for patch in range(self._num_patches):
+                self._state.start_pass(step=step, patch=patch)
+                yield self._items[step]
+
+    @property
+    def step_is_complete(self) -> bool:
+        """True in the last pass of a step."""
+        patch = self._state.patch
+        return patch is None or patch == self._num_patches - 1
+
+    def receive(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents that this pass starts from.
+
+        The first stage takes what the last stage committed one step ago; other stages go
+        on with what they hold.
+        """
+        state = self._state
+        state.latents_shape = tuple(latents.shape)
+        step, patch = state.step, state.patch
+        if self._channel is None or self.has_callback or step == 0 or not self._is_first:
+            return latents
+        last = self._num_stages - 1
+        if patch is None or (step == self._num_sync and patch == 0):
+            buffer = torch.empty_like(latents, memory_format=torch.contiguous_format)
+            return self._channel.recv(buffer, last)
+        if step == self._num_sync:
+            return latents
+        region = state.latent_slice
+        assert region is not None
+        rows = latents.narrow(region.dim, region.start, region.length)
+        buffer = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        return region.write(latents, self._channel.recv(buffer, last))
+
+    def commit(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        """What the body made of the latents, taken over for this pass's region only.
+
+        Args:
+            before: whole latents at the start of the pass.
+            after: whole latents as the body left them (after a blend, say).
+        """
+        region = self._state.latent_slice
+        if self._channel is None:
+            return after
+        latents = before
+        if self._is_last:
+            if region is None:
+                latents = sent = after
+            else:
+                sent = after.narrow(region.dim, region.start, region.length)
+                latents = region.write(before, sent)
+            if not self.has_callback and self._state.step < len(self._items) - 1:
+                self._channel.send(sent.contiguous(), 0)
+        if self.has_callback and self.step_is_complete:
+            latents = latents.contiguous()
+            if not self._is_last:
+                latents = torch.empty_like(latents)
+            dist.broadcast(
+                latents, src=self._group.ranks[-1], group=self._group.process_group
+            )
+        return latents
+
+    def finish(self) -> None:
+        """Leave no send unfinished and no pass state behind."""
+        if self._channel is not None:
+            self._channel.wait()
+        self._state.end_passes()
+
+    @property
+    def _is_first(self) -> bool:
+        return self._group.rank_in_group == 0
+
+    @property
+    def _is_last(self) -> bool:
+        return self._group.rank_in_group == self._num_stages - 1

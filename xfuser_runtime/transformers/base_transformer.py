@@ -1,0 +1,309 @@
+"""The base of all generated transformer wrappers (manual, section 2).
+
+A generated wrapper holds the rewritten `forward` and a few class attributes; everything
+that does not depend on the model is here: wrapping in place, pipeline stages, the regions
+of the block loops, placeholders of the stages that do not compute a value.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from xfuser_runtime.base_wrapper import (
+    EqualsUpstream,
+    swap_class,
+    upstream_class,
+    xFuserBaseWrapper,
+)
+from xfuser_runtime.distributed import parallel_state
+from xfuser_runtime.distributed.collectives import P2PChannel
+from xfuser_runtime.distributed.layout import Segment, TokenLayout
+from xfuser_runtime.distributed.runtime_state import RuntimeState, get_runtime_state
+from xfuser_runtime.layers import wrap_attention, wrap_layer
+from xfuser_runtime.transformers.outputs import (
+    Template,
+    first_tensor,
+    signature_of,
+    template_of,
+)
+from xfuser_runtime.transformers.region import BlockRegion
+from xfuser_runtime.transformers.stages import EmptyBlock, StageLinks, StagePlan
+
+
+class xFuserModelBaseWrapper(xFuserBaseWrapper, metaclass=EqualsUpstream):
+    """A wrapped `nn.Module`."""
+
+
+class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
+    """A denoising transformer whose block loops are regions.
+
+    Class attributes that the generated subclass sets:
+        submodule_classes_to_wrap: layer classes that are wrapped outside the blocks.
+        submodule_name_to_wrap: attribute names of the attention modules that work on
+            sharded tokens.
+        attention_streams: for each of them, by path with `*` for the block index: the
+            streams that its keys hold, in the order in which they are concatenated.
+        block_loops: the block lists, in the order in which `forward` runs them.
+    """
+
+    submodule_classes_to_wrap: ClassVar[list[type[nn.Module]]] = []
+    submodule_name_to_wrap: ClassVar[list[str]] = []
+    attention_streams: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    block_loops: ClassVar[tuple[str, ...]] = ()
+
+    _state_name: ClassVar[str] = "_xfuser_wrapping"
+
+    @classmethod
+    def wrap(cls, module: nn.Module) -> nn.Module:
+        """Swap the class of `module` for this wrapper and wrap what it holds.
+
+        State-dict keys, LoRA layers, hooks and device placement stay as they are.
+
+        Raises:
+            ValueError: when there are more pipeline stages than blocks, or a forward hook
+                would go on calling the upstream forward.
+        """
+        if isinstance(module, cls) and cls._state_name in vars(module):
+            return module
+        original = upstream_class(cls)
+        if type(module) is not original:
+            raise ValueError(
+                f"a transformer of class {type(module).__name__}, expected "
+                f"{original.__name__}; port the pipeline that holds it"
+            )
+        plan = StagePlan(
+            tuple((name, len(getattr(module, name))) for name in cls.block_loops),
+            parallel_state.get_pipeline_parallel_world_size(),
+        )
+        swap_class(module, cls)
+        module.__dict__[cls._state_name] = _Wrapping(plan)
+        _rebind_forward(module, original)
+        module._wrap_submodules()
+        if plan.num_stages > 1:
+            module._keep_own_blocks(plan)
+        return module
+
+    def _wrap_submodules(self) -> None:
+        for path, child in list(self.named_modules()):
+            name = path.rpartition(".")[2]
+            if name in self.submodule_name_to_wrap:
+                streams = self.attention_streams.get(re.sub(r"\.\d+\.", ".*.", path))
+                if streams is not None:
+                    wrap_attention(child, streams, streams)
+            elif type(child) in self.submodule_classes_to_wrap:
+                wrap_layer(child)
+
+    def _keep_own_blocks(self, plan: StagePlan) -> None:
+        stage = parallel_state.get_pipeline_parallel_rank()
+        for name, length in plan.loops:
+            blocks = getattr(self, name)
+            for index in range(length):
+                if plan.stage_of(name, index) != stage:
+                    blocks[index] = EmptyBlock(blocks[index])
+
+    def _forward_in_pass(
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        state = get_runtime_state()
+        state.enter_transformer_call()
+        if (
+            parallel_state.get_sequence_parallel_world_size() == 1
+            and parallel_state.get_pipeline_parallel_world_size() == 1
+        ):
+            return upstream_class(type(self)).forward(self, *args, **kwargs)
+        wrapping = self._wrapping
+        wrapping.latent_shape = tuple(first_tensor((args, kwargs)).shape)
+        if not parallel_state.is_pipeline_last_stage():
+            wrapping.template = self._template(forward, args, kwargs)
+        return forward(self, *args, **kwargs)
+
+    def output_template(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Template:
+        """Shapes and types of what a call with these arguments returns: no block runs."""
+        return self._template(type(self).forward.__wrapped__, args, kwargs)
+
+    def _template(
+        self,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Template:
+        key = signature_of((args, kwargs))
+        held = self._wrapping.templates.get(key)
+        if held is None:
+            self._wrapping.latent_shape = tuple(first_tensor((args, kwargs)).shape)
+            with parallel_state.dry_run():
+                held = template_of(forward(self, *args, **kwargs))
+            self._wrapping.templates[key] = held
+        return held
+
+    # -- what generated forwards call -------------------------------------------------
+
+    def _begin_region(
+        self, loop: str, streams: Mapping[str, int], latents: str | None = None
+    ) -> BlockRegion:
+        """Start the region of block list `loop`.
+
+        Args:
+            loop: attribute name of the block list.
+            streams: number of tokens of each stream that reaches the blocks.
+            latents: the stream whose tokens follow the latents; patches cut it.
+        """
+        state = get_runtime_state()
+        wrapping = self._wrapping
+        num_patches = state.num_patches
+        row = self._tokens_of_a_row(streams, latents, state) if num_patches > 1 else 1
+        layout = TokenLayout(
+            tuple(
+                Segment(
+                    name,
+                    length,
+                    row=row if name == latents else 1,
+                    split_by_patch=name == latents,
+                )
+                for name, length in streams.items()
+            ),
+            num_patches,
+            parallel_state.get_sequence_parallel_world_size(),
+        )
+        if num_patches > 1:
+            layout = state.adopt_patch_borders(layout)
+        plan, stage = wrapping.plan, parallel_state.get_pipeline_parallel_rank()
+        links = (
+            StageLinks(plan, stage, loop, wrapping.channel())
+            if plan.num_stages > 1
+            else None
+        )
+        region = BlockRegion(
+            layout=layout,
+            patch=state.patch,
+            shard=parallel_state.get_sequence_parallel_rank(),
+            call_index=state.call_index,
+            links=links,
+            buffers=wrapping.buffers.setdefault((state.call_index, loop), {}),
+            needs_gather=plan.reads_after(loop, stage),
+            dry_run=parallel_state.is_dry_run(),
+        )
+        state.region = region
+        return region
+
+    def _get_patch_height_width(self) -> tuple[int, int]:
+        """Height and width of the image in tokens (manual, section 2.2).
+
+        The tail runs on whole buffers, so this is the whole image even in a patch pass.
+        """
+        patch_size = self.config.patch_size  # type: ignore[attr-defined]
+        height, width = self._wrapping.latent_shape[-2:]
+        return height // patch_size, width // patch_size
+
+    def _placeholder(self, module: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+        """Zeros of the shape that `module(*inputs)` has, on a stage that does not need it."""
+        key = (id(module), signature_of(inputs))
+        held = self._wrapping.templates.get(key)
+        if held is None:
+            held = self._wrapping.templates[key] = template_of(module(*inputs))
+        return first_tensor(held.zeros())
+
+    def _zero_output(self) -> torch.Tensor:
+        """Zeros of the final output's shape, on a stage that is not the last."""
+        return first_tensor(self._wrapping.template.zeros())
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's; refused where this rank holds the blocks of one stage only."""
+        if self._wrapping.plan.num_stages > 1:
+            raise ValueError(
+                "save_pretrained of a transformer that is split into "
+                f"{self._wrapping.plan.num_stages} pipeline stages, expected whole weights; "
+                "save with pipefusion_parallel_degree=1"
+            )
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    @property
+    def _wrapping(self) -> _Wrapping:
+        wrapping: _Wrapping = self.__dict__[self._state_name]
+        return wrapping
+
+    def _tokens_of_a_row(
+        self, streams: Mapping[str, int], latents: str | None, state: RuntimeState
+    ) -> int:
+        """Tokens of one latent row, on whose multiples patches may end."""
+        shape = state.latents_shape
+        if latents is None or shape is None:
+            raise ValueError(
+                "no token stream that follows the latents, expected one for PipeFusion; "
+                "use warmup_steps >= the number of steps"
+            )
+        tokens = streams[latents]
+        if len(shape) == 3 and shape[1] == tokens:
+            return 1
+        if len(shape) == 4:
+            height, width = shape[-2:]
+            patch = math.isqrt(height * width // tokens)
+            if patch * patch * tokens == height * width and width % patch == 0:
+                return width // patch
+        raise ValueError(
+            f"{tokens} tokens for latents of shape {shape}, expected whole latent rows for "
+            "PipeFusion; use warmup_steps >= the number of steps"
+        )
+
+
+class _Wrapping:
+    """What a wrapped transformer keeps beside its weights."""
+
+    def __init__(self, plan: StagePlan) -> None:
+        self.plan = plan
+        self.templates: dict[Any, Template] = {}
+        self.template: Template | None = None
+        self.latent_shape: tuple[int, ...] = ()
+        self.buffers: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+        self._channel: P2PChannel | None = None
+
+    def channel(self) -> P2PChannel:
+        if self._channel is None:
+            self._channel = P2PChannel(parallel_state.get_pp_group())
+        return self._channel
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Wrapping:
+        return _Wrapping(self.plan)
+
+
+def _rebind_forward(module: nn.Module, original: type) -> None:
+    """Make hooks that kept upstream's bound forward call the generated one.
+
+    accelerate keeps it as `_old_forward`; diffusers' `HookRegistry` keeps it in the
+    reference of its first hook.
+
+    Raises:
+        ValueError: when the instance has a forward of its own that no known hook explains.
+    """
+    generated = types.MethodType(type(module).forward, module)
+
+    def rebound(function: Any) -> Any:
+        inner = getattr(function, "__func__", None)
+        return generated if inner is original.forward else function
+
+    known = False
+    if "_old_forward" in vars(module):
+        module._old_forward = rebound(module._old_forward)
+        known = True
+    registry = getattr(module, "_diffusers_hook", None)
+    if registry is not None:
+        for reference in registry._fn_refs:
+            reference.forward = rebound(reference.forward)
+            if getattr(reference, "original_forward", None) is not None:
+                reference.original_forward = rebound(reference.original_forward)
+        known = True
+    if "forward" in vars(module) and not known:
+        raise ValueError(
+            f"the {type(module).__name__} has a forward of its own, expected the class's; "
+            "remove the hook, wrap, and install it again"
+        )

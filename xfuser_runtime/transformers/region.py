@@ -1,0 +1,188 @@
+"""A block region: one loop over transformer blocks, run on this rank's tokens.
+
+Shapes: B batch, S tokens of a stream, S_local the tokens of this rank in this pass.
+
+Before the loop every token-indexed value that reaches the blocks is cut to this rank's
+rows (`shard`); between the blocks of two stages the carried streams travel
+(`hand_over`); after the loop the carried streams are made whole again (`gather`), so that
+all code around the loop sees what upstream's code sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from xfuser_runtime.distributed.collectives import all_gather
+from xfuser_runtime.distributed.layout import TokenLayout
+from xfuser_runtime.distributed.parallel_state import get_sp_group
+from xfuser_runtime.transformers.stages import EmptyBlock
+
+if TYPE_CHECKING:
+    from xfuser_runtime.transformers.stages import StageLinks
+
+
+class BlockRegion:
+    """The state of one block loop in one forward pass.
+
+    Args:
+        layout: token rows by segment, patch and shard.
+        patch: the patch of this pass, None for a whole pass.
+        shard: this rank's place in its sequence-parallel group.
+        call_index: which transformer call of the pass this is.
+        links: what connects this stage with its neighbours, None for one stage.
+        buffers: whole streams kept between patch passes, by stream name.
+        needs_gather: False where this stage reads no stream after the loop.
+        dry_run: shapes only: no block runs and nothing is sent.
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: TokenLayout,
+        patch: int | None,
+        shard: int,
+        call_index: int,
+        links: StageLinks | None,
+        buffers: dict[str, torch.Tensor],
+        needs_gather: bool = True,
+        dry_run: bool = False,
+    ) -> None:
+        self.layout = layout
+        self.patch = patch
+        self.shard_index = shard
+        self.call_index = call_index
+        self._links = links
+        self._buffers = buffers
+        self._needs_gather = needs_gather
+        self._dry_run = dry_run
+        self._iteration = 0
+
+    @property
+    def whole(self) -> bool:
+        """True when this rank holds every row of this pass in one piece."""
+        return self.patch is None and self.layout.num_shards == 1
+
+    def shard(self, value: Any, dim: int, *streams: str) -> Any:
+        """This rank's rows of `value` along `dim`, which holds `streams` in that order.
+
+        Tensors inside tuples, lists and dicts are cut alike; None stays None.
+
+        Raises:
+            ValueError: when `dim` does not hold exactly the tokens of the streams.
+        """
+        if self.whole or value is None:
+            return value
+        if isinstance(value, torch.Tensor):
+            return self._cut(value, dim, streams)
+        if isinstance(value, dict):
+            return {k: self.shard(v, dim, *streams) for k, v in value.items()}
+        if isinstance(value, (tuple, list)):
+            return type(value)(self.shard(v, dim, *streams) for v in value)
+        return value
+
+    def owns(self, block: nn.Module) -> bool:
+        """True when this stage runs `block`."""
+        return not self._dry_run and not isinstance(block, EmptyBlock)
+
+    def hand_over(self, *streams: torch.Tensor | None) -> Any:
+        """Move the carried streams to this stage where its first block begins.
+
+        Called once at the top of each iteration.  The sender and the receiver stand at the
+        same place of the same loop, so nothing that the loop's body did to the streams is
+        lost.  Returns the streams, one bare or several as a tuple.
+        """
+        index, self._iteration = self._iteration, self._iteration + 1
+        if self._links is not None and not self._dry_run:
+            streams = self._links.exchange(index, streams)
+        return streams[0] if len(streams) == 1 else streams
+
+    def gather(self, value: Any, dim: int, *streams: str) -> Any:
+        """The whole of a carried stream from the rows of all ranks and earlier passes."""
+        if self.whole or value is None or self._dry_run:
+            return self._whole_shape(value, dim, streams)
+        if not self._needs_gather:
+            return self._whole_shape(value, dim, streams)
+        lengths = self.layout.lengths(streams, self.patch)
+        rows = all_gather(value, dim, lengths, get_sp_group())
+        return self._merge(rows, dim, streams)
+
+    def _cut(
+        self, value: torch.Tensor, dim: int, streams: Sequence[str]
+    ) -> torch.Tensor:
+        lengths = {s.name: s.length for s in self.layout.segments}
+        expected = sum(lengths[name] for name in streams)
+        if value.shape[dim] != expected:
+            raise ValueError(
+                f"dimension {dim} of a value of shape {tuple(value.shape)} holds "
+                f"{value.shape[dim]} rows, expected {expected} tokens of "
+                f"{', '.join(streams)}; the port does not fit this input: run porter verify"
+            )
+        pieces = []
+        offset = 0
+        for name in streams:
+            for start, stop in self.layout.ranges(name, self.patch, self.shard_index):
+                pieces.append(value.narrow(dim, offset + start, stop - start))
+            offset += lengths[name]
+        return _join(pieces, value, dim)
+
+    def _merge(
+        self, rows: torch.Tensor, dim: int, streams: Sequence[str]
+    ) -> torch.Tensor:
+        """Rows in the order [shard][stream] put to their places in a whole tensor."""
+        lengths = {s.name: s.length for s in self.layout.segments}
+        whole = self._buffer(rows, dim, streams, sum(lengths[name] for name in streams))
+        source = 0
+        for shard in range(self.layout.num_shards):
+            offset = 0
+            for name in streams:
+                for start, stop in self.layout.ranges(name, self.patch, shard):
+                    count = stop - start
+                    whole.narrow(dim, offset + start, count).copy_(
+                        rows.narrow(dim, source, count)
+                    )
+                    source += count
+                offset += lengths[name]
+        # The caller may write to what it gets; the next patch must not see that.
+        return whole if self.patch is None else whole.clone()
+
+    def _buffer(
+        self, rows: torch.Tensor, dim: int, streams: Sequence[str], length: int
+    ) -> torch.Tensor:
+        key = "+".join(streams)
+        shape = list(rows.shape)
+        shape[dim] = length
+        held = self._buffers.get(key)
+        if (
+            self.patch is None
+            or held is None
+            or list(held.shape) != shape
+            or held.dtype != rows.dtype
+        ):
+            held = rows.new_zeros(shape)
+        if self.layout.num_patches > 1:
+            self._buffers[key] = held
+        return held
+
+    def _whole_shape(self, value: Any, dim: int, streams: Sequence[str]) -> Any:
+        if value is None:
+            return None
+        lengths = {s.name: s.length for s in self.layout.segments}
+        length = sum(lengths[name] for name in streams)
+        if value.shape[dim] == length:
+            return value
+        shape = list(value.shape)
+        shape[dim] = length
+        return value.new_zeros(shape)
+
+
+def _join(
+    pieces: Iterable[torch.Tensor], like: torch.Tensor, dim: int
+) -> torch.Tensor:
+    held = [piece for piece in pieces if piece.shape[dim]]
+    if not held:
+        return like.narrow(dim, 0, 0)
+    return held[0] if len(held) == 1 else torch.cat(held, dim=dim)

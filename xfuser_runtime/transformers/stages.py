@@ -1,0 +1,135 @@
+"""Pipeline stages of a transformer: which blocks a rank runs and what it passes on.
+
+The module lists keep their length (upstream's code reads `len`, indices and attributes of
+blocks), so foreign blocks are replaced by `EmptyBlock`s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from xfuser_runtime.distributed.collectives import P2PChannel
+
+
+class EmptyBlock(nn.Module):
+    """Stands for a block that another stage runs: no weights, the block's plain attributes.
+
+    Loop bodies read flags of a block (for example whether it is the last joint block)
+    even where they do not run it.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        for name, value in vars(block).items():
+            if not name.startswith("_") and name not in ("training", "forward"):
+                setattr(self, name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Never run: the region guards each block call."""
+        raise RuntimeError(
+            "a block of another stage was called, expected only this stage's blocks; "
+            "the port is broken: run porter verify"
+        )
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Blocks of all loops cut into contiguous stages of near equal size.
+
+    Attributes:
+        loops: name and length of each block list, in the order in which they run.
+        num_stages: number of pipeline stages.
+    """
+
+    loops: tuple[tuple[str, int], ...]
+    num_stages: int
+
+    def __post_init__(self) -> None:
+        if self.num_stages > self.num_blocks:
+            raise ValueError(
+                f"{self.num_stages} pipeline stages for {self.num_blocks} transformer "
+                f"blocks, expected at most one stage a block; use "
+                f"pipefusion_parallel_degree <= {self.num_blocks}"
+            )
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of all loops together."""
+        return sum(length for _, length in self.loops)
+
+    def first_block(self, stage: int) -> int:
+        """Global index of the first block of `stage`; the number of blocks past the end."""
+        share, rest = divmod(self.num_blocks, self.num_stages)
+        return stage * share + min(stage, rest)
+
+    def stage_of(self, loop: str, index: int) -> int:
+        """The stage that runs block `index` of `loop`."""
+        position = self.position(loop, index)
+        return max(
+            stage
+            for stage in range(self.num_stages)
+            if self.first_block(stage) <= position
+        )
+
+    def position(self, loop: str, index: int) -> int:
+        """Global index of block `index` of `loop`."""
+        offset = 0
+        for name, length in self.loops:
+            if name == loop:
+                return offset + index
+            offset += length
+        raise KeyError(loop)
+
+    def reads_after(self, loop: str, stage: int) -> bool:
+        """True when `stage` needs the streams after `loop`: for its own later blocks, to
+        hand them over in a later loop, or to finish the output."""
+        end = self.position(loop, dict(self.loops)[loop])
+        is_last = stage == self.num_stages - 1
+        return end > self.first_block(stage) and (
+            is_last or end <= self.first_block(stage + 1)
+        )
+
+
+@dataclass(frozen=True)
+class StageLinks:
+    """The borders of one stage in one loop, and the channels to its neighbours.
+
+    Attributes:
+        plan: the blocks of all stages.
+        stage: this rank's stage.
+        loop: the loop that the region runs.
+        channel: point-to-point channel of the stage group.
+    """
+
+    plan: StagePlan
+    stage: int
+    loop: str
+    channel: P2PChannel
+
+    def exchange(
+        self, index: int, streams: Sequence[torch.Tensor | None]
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Send the streams at the next stage's first block, receive them at this one's.
+
+        A stream that is None or has no rows in this pass does not travel.
+        """
+        position = self.plan.position(self.loop, index)
+        if self.stage > 0 and position == self.plan.first_block(self.stage):
+            return tuple(self._receive(stream) for stream in streams)
+        is_last = self.stage == self.plan.num_stages - 1
+        if not is_last and position == self.plan.first_block(self.stage + 1):
+            for stream in streams:
+                if stream is not None and stream.numel():
+                    self.channel.send(stream.contiguous(), self.stage + 1)
+        return tuple(streams)
+
+    def _receive(self, stream: torch.Tensor | None) -> torch.Tensor | None:
+        if stream is None or not stream.numel():
+            return stream
+        buffer = torch.empty_like(stream, memory_format=torch.contiguous_format)
+        return self.channel.recv(buffer, self.stage - 1)
