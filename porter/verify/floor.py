@@ -1,0 +1,114 @@
+"""Reference runs of a stock pipeline: as it is, with permuted keys, and sabotaged.
+
+The floor is what rounding alone does to this model on these inputs.  The sabotages at this
+level need no port: they tell whether a case is lively enough to notice a lost key, a lost
+mask or a doubled token at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from porter.verify.hooks import AttentionCall, Replacement, denoiser_attention
+from porter.verify.gate import relative_error
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Stock's answer to one call, and how much rounding moves it.
+
+    Attributes:
+        outputs: the final latents, one tensor an output.
+        floor: relative error of the same run with its attention keys permuted.
+    """
+
+    outputs: tuple[torch.Tensor, ...]
+    floor: float
+
+
+def run_stock(
+    pipeline: Any, call: Callable[[], Mapping[str, Any]]
+) -> tuple[torch.Tensor, ...]:
+    """The tensors that one call of the stock pipeline returns.
+
+    Args:
+        pipeline: the stock pipeline.
+        call: makes fresh keyword arguments (a generator is used up by a run).
+    """
+    return output_tensors(pipeline(**call()))
+
+
+def reference(pipeline: Any, call: Callable[[], Mapping[str, Any]]) -> Reference:
+    """Run stock twice: as it is, and with permuted keys."""
+    outputs = run_stock(pipeline, call)
+    permuted = run_replaced(pipeline, call, permuted_keys)
+    return Reference(outputs, relative_error(permuted, outputs))
+
+
+def run_replaced(
+    pipeline: Any, call: Callable[[], Mapping[str, Any]], replacement: Replacement
+) -> tuple[torch.Tensor, ...]:
+    """One stock call whose denoiser attends by `replacement`."""
+    with denoiser_attention(pipeline, replacement):
+        return run_stock(pipeline, call)
+
+
+def output_tensors(output: Any) -> tuple[torch.Tensor, ...]:
+    """All tensors of a pipeline's output (an output object, a tuple or a list), in order.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    found: list[torch.Tensor] = []
+    _collect(output, found)
+    if not found:
+        raise ValueError(
+            f"a pipeline returned {type(output).__name__} without a tensor, expected "
+            'latents; call it with output_type="latent"'
+        )
+    return tuple(tensor.detach().clone() for tensor in found)
+
+
+def permuted_keys(call: AttentionCall) -> torch.Tensor:
+    """The same attention with keys, values and mask columns in another order."""
+    if call.is_causal:
+        return call.run()
+    length = call.key.shape[-2]
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(length))
+    return call.select_keys(order.to(call.key.device)).run()
+
+
+def lost_keys(call: AttentionCall) -> torch.Tensor:
+    """Sabotage: self attention sees the first half of its keys alone."""
+    if call.is_causal or call.query.shape[-2] != call.key.shape[-2]:
+        return call.run()
+    half = torch.arange((call.key.shape[-2] + 1) // 2, device=call.key.device)
+    return call.select_keys(half).run()
+
+
+def lost_mask(call: AttentionCall) -> torch.Tensor:
+    """Sabotage: the mask is dropped."""
+    return replace(call, attn_mask=None).run()
+
+
+def doubled_key(call: AttentionCall) -> torch.Tensor:
+    """Sabotage: the first key counts twice, as one doubled token would."""
+    if call.is_causal:
+        return call.run()
+    rows = torch.arange(call.key.shape[-2], device=call.key.device)
+    return call.select_keys(torch.cat([rows[:1], rows])).run()
+
+
+def _collect(value: Any, found: list[torch.Tensor]) -> None:
+    if isinstance(value, torch.Tensor):
+        found.append(value)
+    elif isinstance(value, Mapping):  # diffusers' BaseOutput is an OrderedDict
+        for item in value.values():
+            _collect(item, found)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _collect(item, found)

@@ -1,0 +1,205 @@
+"""Which tokens follow which rows of the latents: measured, never assumed.
+
+With every attention made local (its output replaced by zeros) a transformer maps each token
+by itself, so changing one row of the latents changes exactly the keys of its own tokens.
+This tells, for any model: the axis of the latents that orders the tokens, how many latent
+rows and tokens one token row has, and which key rows of each attention call are text.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import nn
+
+from porter.verify.hooks import AttentionCall, replaced_attention
+
+
+class OracleRefusal(ValueError):
+    """The oracle cannot simulate displaced patches on this pipeline; the message says why."""
+
+
+@dataclass(frozen=True)
+class LatentRows:
+    """How the latents' rows and the tokens correspond.
+
+    Attributes:
+        axis: axis of the latents that is cut into patches.
+        height: indices of that axis in one token row.
+        count: number of token rows.
+        tokens: tokens of one token row.
+        text_tokens: tokens in the blocks that follow no latents.
+    """
+
+    axis: int
+    height: int
+    count: int
+    tokens: int
+    text_tokens: int
+
+    def borders(self, num_patches: int) -> tuple[tuple[int, int], ...]:
+        """The latents' region of each patch, `(start, stop)` on `axis`.
+
+        The patches share all tokens, text included, as evenly as whole token rows allow.
+        The text is part of patch 0, so patch 0 has fewer rows, but at least one: each patch
+        in turn takes the number of rows nearest to an equal share of what is left, half a
+        row upwards, and leaves a row for each patch after it.
+
+        Raises:
+            OracleRefusal: more patches than token rows.
+        """
+        if num_patches > self.count:
+            raise OracleRefusal(
+                f"{num_patches} patches for {self.count} token rows, expected at most one "
+                "patch a row"
+            )
+        regions, start = [], 0
+        for patch in range(num_patches):
+            patches_left = num_patches - patch
+            rows_left = self.count - start
+            text = self.text_tokens if patch == 0 else 0
+            share = Fraction(rows_left * self.tokens + text, patches_left) - text
+            rows = _nearest(share / self.tokens)
+            rows = min(max(rows, 1), rows_left - (patches_left - 1))
+            regions.append((start * self.height, (start + rows) * self.height))
+            start += rows
+        return tuple(regions)
+
+
+#: One attention call: which query rows and which key rows changed.
+Touched = tuple[torch.Tensor, torch.Tensor]
+
+
+class TokenProbe:
+    """Runs one captured denoiser call again with local attention and changed latents.
+
+    Args:
+        module: the denoiser.
+        args, kwargs: its captured call; the first parameter holds the latents.
+        skip: tells whether the attention call that is being made stands outside the
+            block loops (a refiner), where the port runs whole.
+
+    Raises:
+        OracleRefusal: the first parameter is no tensor.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        skip: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self._module = module
+        self._bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        self._name = next(iter(self._bound.arguments))
+        self._skip = skip
+        latents = self._bound.arguments[self._name]
+        if not isinstance(latents, torch.Tensor):
+            raise OracleRefusal(
+                f"{type(module).__name__} takes its latents as "
+                f"{type(latents).__name__}, expected one tensor"
+            )
+        self.latents = latents
+        self._base = self._trace(latents)
+
+    def touched(self, axis: int, start: int, stop: int) -> list[Touched]:
+        """Query and key rows, of every attention call, that follow this latent region."""
+        changed = self.latents.clone()
+        region = changed.narrow(axis, start, stop - start)
+        noise = torch.randn(
+            region.shape, generator=torch.Generator().manual_seed(0)
+        ).to(region)
+        region.add_(noise * (self.latents.std() + 1))
+        pairs = zip(self._base, self._trace(changed), strict=True)
+        return [
+            (_changed_rows(q0, q1), _changed_rows(k0, k1))
+            for (q0, k0), (q1, k1) in pairs
+        ]
+
+    def rows(self) -> LatentRows:
+        """Measure the correspondence.
+
+        Raises:
+            OracleRefusal: no axis of the latents orders the tokens.
+        """
+        for axis in range(1, self.latents.dim()):
+            if self.latents.shape[axis] == 1:
+                continue
+            site = self._ordering_site(axis)
+            if site is not None:
+                return self._rows_along(axis, site)
+        raise OracleRefusal(
+            f"no axis of {type(self._module).__name__}'s latents "
+            f"{tuple(self.latents.shape)} orders the tokens, expected rows that keep to "
+            "contiguous tokens"
+        )
+
+    def _ordering_site(self, axis: int) -> int | None:
+        """The first attention call whose keys follow the latents, if `axis` orders them."""
+        everything = self.touched(axis, 0, self.latents.shape[axis])
+        for site, ((_, k), (_, every)) in enumerate(
+            zip(self.touched(axis, 0, 1), everything, strict=True)
+        ):
+            if every.any():
+                strict = int(k.sum()) < int(every.sum())
+                return site if k.any() and strict and _is_one_run(k) else None
+        raise OracleRefusal(
+            f"no attention key of {type(self._module).__name__} follows the latents, "
+            "expected self attention by scaled_dot_product_attention"
+        )
+
+    def _rows_along(self, axis: int, site: int) -> LatentRows:
+        starts: list[int] = []
+        last: torch.Tensor | None = None
+        tokens = 0
+        for index in range(self.latents.shape[axis]):
+            _, keys = self.touched(axis, index, index + 1)[site]
+            if last is not None and torch.equal(keys, last):
+                continue
+            if last is not None and bool((keys & last).any()):
+                raise OracleRefusal(
+                    f"tokens of {type(self._module).__name__} overlap along axis {axis} "
+                    "of the latents, expected separate token rows"
+                )
+            starts.append(index)
+            tokens, last = int(keys.sum()), keys
+        height = self.latents.shape[axis] // len(starts)
+        whole = self.touched(axis, 0, self.latents.shape[axis])
+        text = max(int((~q).sum()) for q, k in whole if k.any())
+        return LatentRows(axis, height, len(starts), tokens, text)
+
+    def _trace(self, latents: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        found: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def local(call: AttentionCall) -> torch.Tensor:
+            if not self._skip():
+                found.append((call.query, call.key))
+            shape = (*call.query.shape[:-1], call.value.shape[-1])
+            return call.query.new_zeros(shape)
+
+        self._bound.arguments[self._name] = latents
+        with replaced_attention(local):
+            self._module.forward(*self._bound.args, **self._bound.kwargs)
+        return found
+
+
+def _changed_rows(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Which rows of (B, H, S, D) differ in any sample, head or channel: (S,) of bool."""
+    limit = 1e-6 * float(before.abs().amax())
+    return ((before - after).abs() > limit).any(-1).flatten(0, -2).any(0)
+
+
+def _is_one_run(rows: torch.Tensor) -> bool:
+    where = rows.nonzero().flatten()
+    return int(where[-1] - where[0]) + 1 == len(where)
+
+
+def _nearest(value: Fraction) -> int:
+    """The nearest integer, halves upwards."""
+    return (value + Fraction(1, 2)).__floor__()

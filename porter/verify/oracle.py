@@ -1,0 +1,452 @@
+"""PipeFusion's oracle: displaced patches simulated in one process on the stock pipeline.
+
+It imports nothing of the runtime and nothing of the ports.  Stock modules compute, hooks
+decide what each attention call may see.  What it states about displacement:
+
+Order.  With P stages, patch p of step i enters a stage after patches 0..p-1 of step i have
+passed that stage, whatever P is.  So when any block computes patch p at step i, its
+attention reads rows of patches < p from step i, its own from step i, and rows of patches
+> p from step i-1.  The number of stages does not show in the result.
+
+Return.  The latent rows of patch p leave the last stage and reach stage 0 before patch p
+of step i+1 starts there, and not earlier: code before the blocks sees, at (i, p), rows
+<= p of x_i and rows > p of x_(i-1).  After a whole (warm-up) step, and after a step with a
+callback, stage 0 has all rows.
+
+Text.  Rows of keys that follow no latents belong to patch 0; other patches read what patch
+0 wrote last.  Attention whose keys hold no row that follows the latents stays plain.
+
+Start.  Warm-up steps run whole and fill the caches.  With no warm-up, attention sees the
+rows filled so far alone.
+
+Schedulers.  Each patch steps its rows by its own copy, made after the warm-up.  The noise
+of a step is drawn whole and alike by all patches.
+
+How.  A block computes each token from its own row and from its attention, so the blocks may
+compute *all* rows in each pass as long as attention keeps the displaced keys: the rows of
+other patches are thrown away.  That needs no knowledge of the model beyond which key rows
+follow which latent rows, and `geometry` measures those.  The loop's body runs in its own
+frame, once a pass: `enumerate`, as the pipeline's module sees it, hands out the passes.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from porter.verify.floor import output_tensors
+from porter.verify.geometry import LatentRows, OracleRefusal, TokenProbe
+from porter.verify.hooks import AttentionCall, denoisers, replaced_attention
+
+#: A call site in the pass: denoiser, n-th call of it, n-th attention of that call.
+Site = tuple[str, int, int]
+_CALLBACKS = ("callback", "callback_on_step_end")
+
+
+@dataclass(frozen=True)
+class DisplacedPatches:
+    """What to simulate.
+
+    Attributes:
+        num_patches: patches of the latents.
+        warmup_steps: steps that run whole before.
+        regions: names of the block lists that the port cuts into patches; attention
+            outside them runs whole.  None: all attention that sees the latents.
+    """
+
+    num_patches: int
+    warmup_steps: int
+    regions: tuple[str, ...] | None = None
+
+    def run(
+        self, pipeline: Any, call: Callable[[], Mapping[str, Any]]
+    ) -> tuple[torch.Tensor, ...]:
+        """The latents that PipeFusion should return for this call, one tensor an output.
+
+        Raises:
+            OracleRefusal: the pipeline's loop has a shape that the oracle cannot follow.
+        """
+        return _Simulation(self, pipeline, dict(call())).run()
+
+
+@dataclass
+class _Cache:
+    """Keys and values of all rows at one call site, (B, H, S, D), and which are valid."""
+
+    key: torch.Tensor
+    value: torch.Tensor
+    filled: torch.Tensor
+
+
+@dataclass
+class _Latents:
+    """Rows as the last stage made them and as stage 0 sees them."""
+
+    newest: torch.Tensor
+    seen: torch.Tensor
+
+
+@dataclass
+class _Probed:
+    """What the probe found: the regions of the patches and each site's rows by patch."""
+
+    rows: LatentRows
+    regions: tuple[tuple[int, int], ...]
+    site_rows: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+
+class _Simulation:
+    """One run. The pass that is running is `(step, patch)`; patch None is a whole pass."""
+
+    def __init__(
+        self, plan: DisplacedPatches, pipeline: Any, call: dict[str, Any]
+    ) -> None:
+        self._plan = plan
+        self._pipeline = pipeline
+        self._call = call
+        self._callback_names = [n for n in _CALLBACKS if call.get(n) is not None]
+        self._step, self._patch, self._last_step = 0, None, 0
+        self._in_loop = False
+        self._steps_in_pass = 0
+        self._denoiser: str | None = None
+        self._in_region = 0
+        self._calls: dict[str, int] = {}
+        self._site = 0
+        self._cached: dict[Site, _Cache] = {}
+        self._probed: dict[Site, _Probed] = {}
+        self._latents: _Latents | None = None
+        self._main = pipeline.scheduler
+        self._copies: list[Any] = []
+        self._random: list[torch.Tensor] = []
+
+    _patch: int | None
+
+    def run(self) -> tuple[torch.Tensor, ...]:
+        pipeline = self._pipeline
+        code = inspect.unwrap(type(pipeline).__call__)
+        for name in self._callback_names:
+            self._call[name] = self._once_a_step(self._call[name])
+        with contextlib.ExitStack() as stack:
+            stack.callback(vars(pipeline).__setitem__, "scheduler", self._main)
+            stack.enter_context(_global(code.__globals__, "enumerate", self._enumerate))
+            stack.enter_context(_hooked_step(self._main, self._scheduler_step))
+            for name, module in denoisers(pipeline).items():
+                stack.enter_context(self._watched(name, module))
+            stack.enter_context(replaced_attention(self._attention))
+            outputs = output_tensors(pipeline(**self._call))
+        if not self._probed:
+            raise OracleRefusal(
+                f"{type(pipeline).__name__} never looped over enumerate(timesteps), "
+                "expected that loop around its denoiser"
+            )
+        return outputs
+
+    # The loop.
+
+    def _enumerate(self, values: Iterable[Any], start: int = 0) -> Iterator[Any]:
+        if not self._is_timesteps(values):
+            return builtins.enumerate(values, start)
+        return self._passes(values, start)
+
+    def _is_timesteps(self, values: Iterable[Any]) -> bool:
+        timesteps = getattr(self._pipeline.scheduler, "timesteps", None)
+        if values is timesteps:
+            return True
+        both = isinstance(values, torch.Tensor) and isinstance(timesteps, torch.Tensor)
+        # A pipeline that starts from an image loops over the last steps alone.
+        return both and len(values) > 0 and torch.equal(values, timesteps[-len(values):])
+
+    def _passes(self, timesteps: Iterable[Any], start: int) -> Iterator[Any]:
+        """Yield `(i, t)` once a pass: whole in the warm-up, then once a patch."""
+        times = list(timesteps)
+        self._last_step = len(times) - 1
+        for step, t in builtins.enumerate(times):
+            if step < self._plan.warmup_steps:
+                patches: Iterable[int | None] = (None,)
+            else:
+                patches = range(self._plan.num_patches)
+            for patch in patches:
+                self._begin(step, patch)
+                yield start + step, t
+                self._in_loop = False
+        vars(self._pipeline)["scheduler"] = self._main
+
+    def _begin(self, step: int, patch: int | None) -> None:
+        self._step, self._patch, self._in_loop = step, patch, True
+        self._steps_in_pass = 0
+        self._calls.clear()
+        if patch is None:
+            return
+        if not self._copies:
+            self._copies = [self._copy() for _ in range(self._plan.num_patches)]
+        vars(self._pipeline)["scheduler"] = self._copies[patch]
+        if patch == 0:
+            self._random = self._random_states()
+        else:
+            self._restore_random()
+
+    def _once_a_step(self, callback: Callable[..., Any]) -> Callable[..., Any]:
+        """The user's callback, silent in all but the last pass of a step."""
+
+        @functools.wraps(callback)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return callback(*args, **kwargs) if self._is_last_pass() else {}
+
+        return call
+
+    def _is_last_pass(self) -> bool:
+        return self._patch is None or self._patch == self._plan.num_patches - 1
+
+    # The denoiser.
+
+    @contextlib.contextmanager
+    def _watched(self, name: str, module: nn.Module) -> Iterator[None]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            if not self._in_loop:
+                return
+            self._calls[name] = self._calls.get(name, -1) + 1
+            self._site = 0
+            key = (name, self._calls[name], 0)
+            if key not in self._probed:
+                self._probed[key] = self._probe(module, args, kwargs)
+            self._denoiser = name
+
+        def leave(*_: Any) -> None:
+            self._denoiser = None
+
+        def enter_region(*_: Any) -> None:
+            self._in_region += 1
+
+        def leave_region(*_: Any) -> None:
+            self._in_region -= 1
+
+        handles = [
+            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_hook(leave, always_call=True),
+        ]
+        for region in self._plan.regions or ():
+            for block in module.get_submodule(region).children():
+                handles.append(block.register_forward_pre_hook(enter_region))
+                handles.append(
+                    block.register_forward_hook(leave_region, always_call=True)
+                )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _probe(self, module: nn.Module, args: Any, kwargs: Any) -> _Probed:
+        probe = TokenProbe(module, args, kwargs, skip=self._outside_regions)
+        rows = probe.rows()
+        probed = _Probed(rows, rows.borders(self._plan.num_patches))
+        for patch, (start, stop) in builtins.enumerate(probed.regions):
+            for site, (_, keys) in builtins.enumerate(
+                probe.touched(rows.axis, start, stop)
+            ):
+                probed.site_rows[site, patch] = keys
+        whole = probe.touched(rows.axis, 0, probed.regions[-1][1])
+        for site, (_, keys) in builtins.enumerate(whole):
+            if keys.any():
+                probed.site_rows[site, 0] = probed.site_rows[site, 0] | ~keys
+        return probed
+
+    def _outside_regions(self) -> bool:
+        return self._plan.regions is not None and not self._in_region
+
+    def _attention(self, call: AttentionCall) -> torch.Tensor:
+        if self._denoiser is None or self._outside_regions():
+            return call.run()
+        name, number = self._denoiser, self._calls[self._denoiser]
+        site, self._site = self._site, self._site + 1
+        rows = self._probed[name, number, 0].site_rows
+        if not any(rows[site, p].any() for p in range(self._plan.num_patches)):
+            return call.run()
+        if call.is_causal:
+            raise OracleRefusal("causal attention, expected attention over all tokens")
+        cache = self._updated((name, number, site), call, rows)
+        shown = AttentionCall(**{**vars(call), "key": cache.key, "value": cache.value})
+        if cache.filled.all():
+            return shown.run()
+        return shown.select_keys(cache.filled.nonzero().flatten()).run()
+
+    def _updated(
+        self,
+        site: Site,
+        call: AttentionCall,
+        site_rows: Mapping[tuple[int, int], torch.Tensor],
+    ) -> _Cache:
+        """This site's cache after the rows of the running pass were written into it."""
+        length = call.key.shape[-2]
+        if self._patch is None:
+            everything = torch.ones(length, dtype=torch.bool)
+            self._cached[site] = _Cache(call.key, call.value, everything)
+            return self._cached[site]
+        if site not in self._cached:
+            if self._step > 0 and self._plan.warmup_steps > 0:
+                raise OracleRefusal(
+                    f"denoiser call {site[1]} first comes at step {self._step}, expected "
+                    "every call of a step in the warm-up"
+                )
+            nothing = torch.zeros(length, dtype=torch.bool)
+            self._cached[site] = _Cache(call.key, call.value, nothing)
+        old, rows = self._cached[site], site_rows[site[2], self._patch]
+        mine = rows[:, None]
+        self._cached[site] = _Cache(
+            torch.where(mine, call.key, old.key),
+            torch.where(mine, call.value, old.value),
+            old.filled | rows,
+        )
+        return self._cached[site]
+
+    # The scheduler.
+
+    def _copy(self) -> Any:
+        """A copy of the scheduler as the warm-up left it, stepping through this object."""
+        vars(self._main).pop("step")
+        copied = copy.deepcopy(self._main)
+        _install_step(self._main, self._scheduler_step)
+        _install_step(copied, self._scheduler_step)
+        return copied
+
+    def _scheduler_step(
+        self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Step the rows of the running pass; return latents as stage 0 sees them next."""
+        if not self._in_loop:
+            return step(*args, **kwargs)
+        sample = inspect.signature(step).bind(*args, **kwargs).arguments["sample"]
+        self._take(sample)
+        result = step(*args, **kwargs)
+        stepped = result[0]
+        if self._patch is None:
+            self._latents = _Latents(stepped, stepped)
+            return result
+        latents, regions = self._latents, self._regions(sample)
+        assert latents is not None
+        axis = self._rows().axis
+        latents.newest = _with_rows(latents.newest, stepped, axis, regions[self._patch])
+        if self._is_last_pass():
+            is_whole = self._step == self._last_step or bool(self._callback_names)
+            following = None if is_whole else regions[0]
+        else:
+            following = regions[self._patch + 1]
+        latents.seen = (
+            latents.newest
+            if following is None
+            else _with_rows(latents.seen, latents.newest, axis, following)
+        )
+        return _with_sample(result, latents.seen)
+
+    def _take(self, sample: torch.Tensor) -> None:
+        """Accept the latents that the loop's body hands to the scheduler.
+
+        Raises:
+            OracleRefusal: the body steps twice, or changed latents between two patches.
+        """
+        self._steps_in_pass += 1
+        if self._steps_in_pass > 1:
+            raise OracleRefusal("scheduler.step runs twice in a step, expected once")
+        if self._latents is None:
+            self._latents = _Latents(sample, sample)
+        elif not torch.equal(sample, self._latents.seen):
+            if self._patch not in (None, 0):
+                raise OracleRefusal(
+                    "the loop changes the latents after scheduler.step, expected steps "
+                    "that end in it"
+                )
+            self._latents = _Latents(sample, sample)
+
+    def _rows(self) -> LatentRows:
+        return next(iter(self._probed.values())).rows
+
+    def _regions(self, sample: torch.Tensor) -> tuple[tuple[int, int], ...]:
+        regions = next(iter(self._probed.values())).regions
+        axis = self._rows().axis
+        if sample.dim() <= axis or sample.shape[axis] != regions[-1][1]:
+            raise OracleRefusal(
+                f"the scheduler steps {tuple(sample.shape)}, expected "
+                f"{regions[-1][1]} rows on axis {axis} as the denoiser's latents have"
+            )
+        return regions
+
+    # Random numbers: all patches of a step draw the same whole tensors.
+
+    def _generators(self) -> list[torch.Generator]:
+        found = self._call.get("generator")
+        if found is None:
+            return []
+        return list(found) if isinstance(found, (list, tuple)) else [found]
+
+    def _random_states(self) -> list[torch.Tensor]:
+        return [torch.get_rng_state(), *(g.get_state() for g in self._generators())]
+
+    def _restore_random(self) -> None:
+        torch.set_rng_state(self._random[0])
+        for generator, state in zip(self._generators(), self._random[1:], strict=True):
+            generator.set_state(state)
+
+
+def _with_rows(
+    whole: torch.Tensor, source: torch.Tensor, axis: int, region: tuple[int, int]
+) -> torch.Tensor:
+    """`whole` with the rows of `region` from `source`."""
+    start, stop = region
+    changed = whole.clone()
+    changed.narrow(axis, start, stop - start).copy_(
+        source.narrow(axis, start, stop - start)
+    )
+    return changed
+
+
+def _with_sample(result: Any, sample: torch.Tensor) -> Any:
+    """A scheduler's result, tuple or output object, with another `prev_sample`."""
+    if isinstance(result, tuple):
+        return (sample, *result[1:])
+    changed = copy.copy(result)
+    changed.prev_sample = sample
+    return changed
+
+
+def _install_step(scheduler: Any, replacement: Callable[..., Any]) -> None:
+    """Let `scheduler.step` call `replacement(original, args, kwargs)`, signature kept."""
+    original = type(scheduler).step.__get__(scheduler)
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, args, kwargs)
+
+    scheduler.step = step
+
+
+@contextlib.contextmanager
+def _hooked_step(scheduler: Any, replacement: Callable[..., Any]) -> Iterator[None]:
+    _install_step(scheduler, replacement)
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+@contextlib.contextmanager
+def _global(namespace: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    """A global of a module, set for a while."""
+    missing = object()
+    before = namespace.get(name, missing)
+    namespace[name] = value
+    try:
+        yield
+    finally:
+        if before is missing:
+            del namespace[name]
+        else:
+            namespace[name] = before
