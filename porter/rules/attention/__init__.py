@@ -1,0 +1,10 @@
+"""Rules for attention processors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from porter.rules.attention.attention_call import AttentionCall
+from porter.rules.base import Rule
+
+RULES: tuple[type[Rule[Any]], ...] = (AttentionCall,)

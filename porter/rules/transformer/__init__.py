@@ -1,0 +1,22 @@
+"""Rules for a transformer's `forward`, in the manual's order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from porter.rules.base import Rule
+from porter.rules.transformer.block_guard import BlockGuard
+from porter.rules.transformer.block_region import BlockRegion
+from porter.rules.transformer.first_stage_pos_embed import FirstStagePosEmbed
+from porter.rules.transformer.init_submodules import InitSubmodules
+from porter.rules.transformer.last_stage_output import LastStageOutput
+from porter.rules.transformer.patch_height_width import PatchHeightWidth
+
+RULES: tuple[type[Rule[Any]], ...] = (
+    InitSubmodules,
+    PatchHeightWidth,
+    FirstStagePosEmbed,
+    BlockRegion,
+    BlockGuard,
+    LastStageOutput,
+)

@@ -1,0 +1,104 @@
+"""Each block loop runs on this rank's tokens.
+
+Match:    the loops over block lists that carry image tokens.
+Emit:     before the loop, the rows of this rank of every value that counts tokens; at the
+          top of the body, the hand-over between stages; after the loop, the whole carried
+          streams.
+Manual:   2 (the sharding that the manual leaves to the attention layers)
+
+Token axes are literals, measured by the probe.  A value that the loop only reads keeps its
+name outside the loop and is called `local_<name>` inside, because code after the loop may
+read the whole of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import libcst as cst
+
+from porter.analysis.block_loops import BlockLoop
+from porter.analysis.facts import LoopFacts, TokenAxis
+from porter.analysis.forward import Forward
+from porter.parsed import ParsedModule, Statement, walk
+from porter.rules.base import Edit, Rule
+
+
+class BlockRegion(Rule[Forward]):
+    """Shards before, hands over inside and gathers after each block loop."""
+
+    manual = "2"
+    summary = "each block loop runs on this rank's tokens"
+
+    def expected(self, module: ParsedModule, facts: Forward) -> tuple[int, int]:
+        """One match a measured loop."""
+        return len(facts.facts.loops), len(facts.facts.loops)
+
+    def edits(self, module: ParsedModule, facts: Forward) -> Sequence[Edit]:
+        """The edits of all loops."""
+        return [
+            edit
+            for loop, measured in facts.regions
+            for edit in self._loop_edits(module, loop, measured)
+        ]
+
+    def _loop_edits(
+        self, module: ParsedModule, loop: BlockLoop, facts: LoopFacts
+    ) -> Iterator[Edit]:
+        carried = [name for name in loop.carried if name in facts.values]
+        before = [_begin(facts)]
+        for name, axis in facts.values.items():
+            target = name if name in carried else _local(name)
+            before.append(f"{target} = region.shard({name}, {_axis(axis)})")
+        after = [
+            f"{name} = region.gather({name}, {_axis(facts.values[name])})"
+            for name in carried
+        ]
+        at = loop.node
+        yield self.insert_before(module, loop.node, "\n".join(before), at=at)
+        yield self.insert_after(module, loop.node, "\n".join(after), at=at)
+        names = ", ".join(carried)
+        yield self.insert_before(
+            module, _first(loop.node), f"{names} = region.hand_over({names})", at=at
+        )
+        for node in _reads(loop, set(facts.values) - set(carried)):
+            yield self.replace(module, node, _local(node.value), at=at)
+
+
+def _begin(facts: LoopFacts) -> str:
+    streams = ", ".join(
+        f'"{name}": {variable}.shape[{dim}]'
+        for name, (variable, dim) in facts.lengths.items()
+    )
+    latents = f", latents={facts.latents!r}" if facts.latents else ""
+    return f'region = self._begin_region("{facts.blocks}", {{{streams}}}{latents})'
+
+
+def _axis(axis: TokenAxis) -> str:
+    streams = ", ".join(f'"{name}"' for name in axis.streams)
+    return f"{axis.dim}, {streams}"
+
+
+def _local(name: str) -> str:
+    return f"local_{name}"
+
+
+def _first(node: cst.For) -> Statement:
+    first = node.body.body[0]
+    assert isinstance(first, cst.SimpleStatementLine | cst.BaseCompoundStatement)
+    return first
+
+
+def _reads(loop: BlockLoop, names: set[str]) -> Iterator[cst.Name]:
+    """Places in the body that read `names`; keywords, attributes and dead code excluded."""
+    skipped: set[cst.CSTNode] = set()
+    if loop.checkpoint is not None:
+        skipped.update(walk(loop.checkpoint.body))
+        skipped.update(walk(loop.checkpoint.test))
+    for node in walk(loop.node.body):
+        if isinstance(node, cst.Arg) and node.keyword is not None:
+            skipped.add(node.keyword)
+        if isinstance(node, cst.Attribute):
+            skipped.add(node.attr)
+        if isinstance(node, cst.Name) and node not in skipped and node.value in names:
+            yield node

@@ -1,0 +1,49 @@
+"""Says which layers and attention modules of the transformer are wrapped.
+
+Match:    the `forward` of the class.
+Landmark: the class attributes stand above it.
+Emit:     `submodule_classes_to_wrap`, `submodule_name_to_wrap`, and the streams that the
+          keys of each wrapped attention hold.
+Manual:   2.1
+
+The manual hands these to `__init__`; ours are class attributes, since the wrapper defines
+no `__init__` that diffusers would read as upstream's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from porter.analysis.forward import Forward
+from porter.parsed import ParsedModule
+from porter.rules.base import Edit, Rule
+from porter.rules.engine import excerpt
+from porter.rules.format import INDENT, format_statements
+
+
+class InitSubmodules(Rule[Forward]):
+    """Emits the class attributes of the wrapper."""
+
+    manual = "2.1"
+    summary = "says which layers and attention modules are wrapped"
+
+    def edits(self, module: ParsedModule, facts: Forward) -> Sequence[Edit]:
+        """One insertion above `forward`."""
+        measured = facts.facts
+        names = sorted({path.rpartition(".")[2] for path in measured.attention})
+        classes = ", ".join(_reference(name) for name in measured.layers)
+        text = (
+            f"submodule_classes_to_wrap = [{classes}]\n"
+            f"submodule_name_to_wrap = {names!r}\n"
+            f"attention_streams = {dict(measured.attention)!r}\n"
+            f"block_loops = {tuple(loop.blocks for loop in measured.loops)!r}\n"
+        )
+        start, _ = excerpt(module, facts.method)
+        text = format_statements(text, INDENT) + "\n\n"
+        return [self._edit(module, start, start, text, facts.method)]
+
+
+def _reference(qualified: str) -> str:
+    """How the generated module names a layer class."""
+    module, _, name = qualified.rpartition(".")
+    return f"nn.{name}" if module.startswith("torch.nn.") else name
