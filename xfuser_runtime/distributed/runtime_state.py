@@ -1,0 +1,215 @@
+"""What this session runs with, and the pass of the denoising loop that it is in.
+
+The configuration is frozen. The pass (step, patch, transformer call) is set by the pipeline before
+each pass; the transformer, attention and scheduler wrappers only read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from xfuser_runtime.config import (
+    EngineConfig,
+    InputConfig,
+    ParallelConfig,
+    RuntimeConfig,
+)
+from xfuser_runtime.distributed import parallel_state
+from xfuser_runtime.distributed.layout import TokenLayout
+from xfuser_runtime.errors import InputError, StateError
+
+#: Dimension of the latents that patches cut, by number of dimensions: packed tokens (B, S, C),
+#: rows of (B, C, H, W), frames of (B, C, F, H, W).
+_PATCH_DIM = {3: 1, 4: 2, 5: 2}
+
+
+class BlockRegion(Protocol):
+    """What attention and layers read of the block loop that is running."""
+
+    layout: TokenLayout
+    patch: int | None
+    call_index: int
+
+
+@dataclass(frozen=True)
+class LatentSlice:
+    """This pass's region of the latents: ``start`` to ``stop`` along ``dim``."""
+
+    dim: int
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """Extent along ``dim``."""
+        return self.stop - self.start
+
+    def narrow(self, whole: torch.Tensor) -> torch.Tensor:
+        """The region of a whole tensor, a view."""
+        return whole.narrow(self.dim, self.start, self.length)
+
+    def write(self, whole: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """A copy of ``whole`` with ``rows`` in the region."""
+        result = whole.clone()
+        self.narrow(result).copy_(rows)
+        return result
+
+
+class RuntimeState:
+    """Configuration and pass of this rank.
+
+    Attributes:
+        engine_config: of the session.
+        input_config: of the pipeline call, see ``set_input_parameters``.
+        step: index of the denoising step, -1 outside the loop.
+        patch: patch of this pass, None for a whole pass.
+        num_patches: patches that this call's layouts are cut into.
+        num_steps: denoising steps asked for.
+        call_index: transformer call of this pass, -1 before the first.
+        latents_shape: of the whole latents, None outside the loop.
+        region: the block loop that is running, None outside.
+        latent_slice: this pass's region of the latents, None for a whole pass.
+        cfg_batch_is_split: the doubled batch holds this rank's guidance branch only.
+        cfg_branches_are_split: this rank makes only one of two sequential guidance calls.
+    """
+
+    def __init__(self, engine_config: EngineConfig) -> None:
+        self.engine_config = engine_config
+        self.input_config = InputConfig()
+        self.end_passes()
+
+    @property
+    def parallel_config(self) -> ParallelConfig:
+        """Degrees."""
+        return self.engine_config.parallel_config
+
+    @property
+    def runtime_config(self) -> RuntimeConfig:
+        """Warm-up steps, patches, backends."""
+        return self.engine_config.runtime_config
+
+    @property
+    def num_steps(self) -> int:
+        """Denoising steps that the call asked for."""
+        return self.input_config.num_inference_steps
+
+    @property
+    def dry_run(self) -> bool:
+        """True while shapes are worked out: each rank counts as first and last stage."""
+        return parallel_state.is_dry_run()
+
+    @dry_run.setter
+    def dry_run(self, value: bool) -> None:
+        parallel_state.set_dry_run(value)
+
+    def set_input_parameters(self, **parameters: Any) -> None:
+        """Take over what the pipeline call knows of its input (manual, 1.1 step 1).
+
+        Args:
+            parameters: fields of ``InputConfig`` (height, width, batch_size, num_inference_steps,
+                num_frames, ...). None leaves a field as it is.
+
+        Raises:
+            InputError: ``InputConfig`` has no such field, or a value is out of range.
+        """
+        unknown = sorted(set(parameters) - set(InputConfig.__dataclass_fields__))
+        if unknown:
+            raise InputError(
+                f"input parameter {unknown[0]!r}, expected one of"
+                f" {', '.join(InputConfig.__dataclass_fields__)}"
+            )
+        given = {name: value for name, value in parameters.items() if value is not None}
+        self.input_config = replace(self.input_config, **given)
+
+    def start_pass(self, *, step: int, patch: int | None) -> None:
+        """Begin a pass over ``patch`` of ``step``, None for a whole pass."""
+        self.step = step
+        self.patch = patch
+        self.call_index = -1
+        self.region = None
+        self.latent_slice = self._slice_of(patch)
+
+    def enter_transformer_call(self) -> None:
+        """Count a transformer call: caches of the pass are kept by call."""
+        self.call_index += 1
+        self.region = None
+
+    def end_passes(self) -> None:
+        """Forget the loop; what a call left behind must not reach the next."""
+        self.num_patches = 1
+        self.latents_shape: tuple[int, ...] | None = None
+        self._row_borders: tuple[int, ...] | None = None
+        self.region: BlockRegion | None = None
+        self.latent_slice: LatentSlice | None = None
+        self.cfg_batch_is_split = False
+        self.cfg_branches_are_split = False
+        self.start_pass(step=-1, patch=None)
+
+    def adopt_patch_borders(self, layout: TokenLayout) -> TokenLayout:
+        """``layout`` with the patch borders of this call's first region.
+
+        Regions and guidance branches may have texts of different lengths, so each alone would
+        balance its patches differently; but a patch is one region of the latents for all of them.
+
+        Raises:
+            ValueError: the regions have different numbers of latent rows.
+        """
+        if not any(segment.split_by_patch for segment in layout.segments):
+            return layout
+        if self._row_borders is None:
+            self._row_borders = layout.patch_borders()
+            self.latent_slice = self._slice_of(self.patch)
+        return layout.with_borders(self._row_borders)
+
+    def _slice_of(self, patch: int | None) -> LatentSlice | None:
+        """Region of the latents that ``patch`` covers; None where the borders are not known yet."""
+        if patch is None or self._row_borders is None or self.latents_shape is None:
+            return None
+        rows = self._row_borders[-1]
+        dim = _PATCH_DIM.get(len(self.latents_shape))
+        if dim is None or self.latents_shape[dim] % rows:
+            raise InputError(
+                f"latents of shape {self.latents_shape} for {rows} rows of tokens, expected whole rows;"
+                " use warmup_steps >= the number of steps"
+            )
+        size = self.latents_shape[dim] // rows
+        return LatentSlice(
+            dim, self._row_borders[patch] * size, self._row_borders[patch + 1] * size
+        )
+
+
+_RUNTIME_STATE: RuntimeState | None = None
+
+
+def initialize_runtime_state(engine_config: EngineConfig) -> RuntimeState:
+    """Start a session with ``engine_config``; replaces the one before."""
+    global _RUNTIME_STATE
+    _RUNTIME_STATE = RuntimeState(engine_config)
+    return _RUNTIME_STATE
+
+
+def runtime_state_is_initialized() -> bool:
+    """True between ``initialize_runtime_state`` and ``destroy_runtime_state``."""
+    return _RUNTIME_STATE is not None
+
+
+def get_runtime_state() -> RuntimeState:
+    """The session of this process.
+
+    Raises:
+        StateError: there is none.
+    """
+    if _RUNTIME_STATE is None:
+        raise StateError(
+            "no runtime state, expected one; wrap a pipeline or call initialize_runtime_state first"
+        )
+    return _RUNTIME_STATE
+
+
+def destroy_runtime_state() -> None:
+    """End the session."""
+    global _RUNTIME_STATE
+    _RUNTIME_STATE = None
