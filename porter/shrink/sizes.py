@@ -89,24 +89,24 @@ def vae_config(cls: type, latent_channels: int | None) -> dict[str, Any]:
     given = defaults(cls)
     config: dict[str, Any] = {}
     for name, value in given.items():
-        if name == "norm_num_groups":
+        if name == "norm_num_groups" or name == "attention_head_dim":
             config[name] = VAE_CHANNELS // 2
-        elif name == "base_dim" or name == "decoder_base_dim" and value:
+        elif name == "base_dim" or (name == "decoder_base_dim" and value):
             config[name] = VAE_CHANNELS
-        elif name.endswith("block_out_channels"):
+        elif name.endswith("block_out_channels") and value:
             config[name] = (VAE_CHANNELS,) * max(len(value), 4)
-        elif name in ("layers_per_block", "num_res_blocks"):
+        elif name.endswith("layers_per_block") and isinstance(value, Sequence):
+            config[name] = (1,) * len(value)
+        elif name.endswith("layers_per_block") or name == "num_res_blocks":
             config[name] = 1
-        elif name in ("shift_factor",) and value is None:
+        elif name == "shift_factor" and value is None:
             config[name] = 0.1
     if len(given.get("block_out_channels") or ()) == 1:
         # One level by default, in released checkpoints four.
         for name in ("down_block_types", "up_block_types"):
             config[name] = tuple(given[name]) * 4
     if latent_channels is not None:
-        config["latent_channels" if "latent_channels" in given else "z_dim"] = (
-            latent_channels
-        )
+        config["latent_channels"] = latent_channels
     return config
 
 

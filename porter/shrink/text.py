@@ -7,43 +7,48 @@ shrunk alike.
 
 from __future__ import annotations
 
-import inspect
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from .errors import ShrinkError
-from .sizes import TEXT_DIM
 
 LAYERS = 2
 HEADS = 4
 
-_SIZES: dict[str, int] = {
-    "hidden_size": TEXT_DIM,
-    "d_model": TEXT_DIM,
-    "projection_dim": TEXT_DIM,
-    "intermediate_size": 2 * TEXT_DIM,
-    "d_ff": 2 * TEXT_DIM,
-    "moe_intermediate_size": 2 * TEXT_DIM,
-    "num_hidden_layers": LAYERS,
-    "num_layers": LAYERS,
-    "num_decoder_layers": LAYERS,
-    "depth": LAYERS,
+_SIZES: dict[str, str | int] = {
+    "hidden_size": "width",
+    "d_model": "width",
+    "projection_dim": "width",
+    "out_hidden_size": "width",
+    "intermediate_size": "mlp",
+    "d_ff": "mlp",
+    "moe_intermediate_size": "mlp",
+    "num_hidden_layers": "layers",
+    "num_layers": "layers",
+    "num_decoder_layers": "layers",
+    "depth": "layers",
     "num_attention_heads": HEADS,
     "num_heads": HEADS,
     "num_key_value_heads": HEADS // 2,
-    "head_dim": TEXT_DIM // HEADS,
-    "d_kv": TEXT_DIM // HEADS,
-    "query_pre_attn_scalar": TEXT_DIM // HEADS,
+    "head_dim": "head",
+    "d_kv": "head",
+    "query_pre_attn_scalar": "head",
     "image_size": 28,
     "patch_size": 14,
-    "out_hidden_size": TEXT_DIM,
 }
-"""Sizes by name; 4 heads of 8, grouped keys where the family groups them."""
+"""Sizes by name: a number, or what is derived from the width; grouped keys where the
+family groups them."""
 
 
-def concrete_class(hint: type) -> type:
+def concrete_class(hint: type) -> Any:
     """The class to build for a hint: an abstract base stands for its plain model."""
     name = hint.__name__
+    if name == "PreTrainedModel":
+        # Says nothing: the plain decoder that current pipelines use most.
+        from transformers import Qwen3Model
+
+        return Qwen3Model
     if not name.endswith("PreTrainedModel"):
         return hint
     module = sys.modules[hint.__module__]
@@ -55,40 +60,76 @@ def concrete_class(hint: type) -> type:
     return plain
 
 
-def encoder_config(cls: Any, tokenizer: Any, layers: int = LAYERS) -> Any:
-    """A small configuration object for the transformers model ``cls``."""
+def encoder_config(
+    cls: Any, tokenizer: Any, width: int, changes: Mapping[str, Any]
+) -> Any:
+    """A small configuration object for the transformers model ``cls``.
+
+    ``changes`` may hold ``layers`` (blocks of the encoder) and entries of the
+    configuration's top level.
+    """
     config_class = cls.config_class
-    changes = _shrunk(config_class().to_dict(), layers)
+    given = config_class().to_dict()
+    layers = int(changes.get("layers", LAYERS))
+    small = _shrunk(given, width, layers)
     if tokenizer is not None:
-        _fit_vocabulary(changes, config_class(), tokenizer)
-    return config_class(**changes)
+        _fit_vocabulary(small, given, tokenizer)
+    if "vision_config" in given:
+        _fit_rope_sections(small.get("text_config", small), given, width)
+    small.update({k: v for k, v in changes.items() if k != "layers"})
+    return config_class(**small)
 
 
-def _shrunk(given: dict[str, Any], layers: int) -> dict[str, Any]:
-    changes: dict[str, Any] = {}
+def _shrunk(given: Mapping[str, Any], width: int, layers: int) -> dict[str, Any]:
+    derived = {
+        "width": width,
+        "mlp": 2 * width,
+        "layers": layers,
+        "head": width // HEADS,
+    }
+    small: dict[str, Any] = {}
     for name, value in given.items():
         if isinstance(value, dict) and name.endswith("_config"):
-            changes[name] = _shrunk(value, layers)
-        elif name in _SIZES and isinstance(value, int) and not isinstance(value, bool):
-            changes[name] = layers if name.startswith("num_hidden") else _SIZES[name]
-    return changes
+            small[name] = _shrunk(value, width, layers)
+        elif name in _SIZES and isinstance(value, int):
+            size = _SIZES[name]
+            small[name] = derived[size] if isinstance(size, str) else size
+        elif name == "layer_types":
+            small[name] = (list(value or []) * layers)[:layers] or None
+    return small
 
 
-def _fit_vocabulary(changes: dict[str, Any], default: Any, tokenizer: Any) -> None:
+def _fit_vocabulary(
+    small: dict[str, Any], given: Mapping[str, Any], tokenizer: Any
+) -> None:
     """Vocabulary size and special tokens from the tokenizer, at every nesting level."""
     fitted = {
         "vocab_size": len(tokenizer),
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
+        "image_token_id": _token_id(tokenizer, "<|image_pad|>"),
+        "video_token_id": _token_id(tokenizer, "<|video_pad|>"),
+        "vision_start_token_id": _token_id(tokenizer, "<|vision_start|>"),
+        "vision_end_token_id": _token_id(tokenizer, "<|vision_end|>"),
     }
-    changes.update({k: v for k, v in fitted.items() if hasattr(default, k)})
-    for name, value in list(changes.items()):
-        nested = getattr(default, name, None)
+    small.update({k: v for k, v in fitted.items() if k in given})
+    for name, value in small.items():
         if isinstance(value, dict) and "text" in name:
-            value.update({k: v for k, v in fitted.items() if hasattr(nested, k)})
+            value.update({k: v for k, v in fitted.items() if k in given[name]})
 
 
-def accepts(cls: Any, name: str) -> bool:
-    """Whether the constructor of ``cls`` takes a parameter of this name."""
-    return name in inspect.signature(cls.__init__).parameters
+def _token_id(tokenizer: Any, token: str) -> int:
+    return int(tokenizer.get_vocab().get(token, 0))
+
+
+def _fit_rope_sections(
+    small: dict[str, Any], given: Mapping[str, Any], width: int
+) -> None:
+    """Sections of a picture-aware rotary embedding: half a head, time, rows, columns."""
+    half = width // HEADS // 2
+    sections = [half - 2 * (half // 4), half // 4, half // 4]
+    text = given.get("text_config", given)
+    for name in ("rope_parameters", "rope_scaling"):
+        if isinstance(text.get(name), dict):
+            small[name] = {**text[name], "mrope_section": sections}

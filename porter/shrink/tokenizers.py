@@ -15,7 +15,7 @@ from typing import Any
 
 from .errors import ShrinkError
 
-VOCABULARY_SIZE = 400
+VOCABULARY_SIZE = 1000
 """Entries asked of the trainer; special tokens come on top."""
 
 CONTEXT_LENGTH = 77
@@ -27,13 +27,16 @@ CORPUS = (
     "an oil painting of a red fox in deep snow under a pale winter sun",
     "two wooden boats on a quiet lake at dawn, mist between the mountains",
     "blurry, low quality, distorted, watermark, text, cropped",
-    "system user assistant describe the image by detailing the color and shape",
+    # What chat encoders of pictures are told first; whole words keep these short.
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\nYou are an assistant designed to generate images<|im_end|>\n",
     " ".join(string.printable.strip()),
 )
 """What the vocabulary is trained on: prompts, and every printable character once."""
 
-# The ChatML form that the chat encoders of diffusers' pipelines use.  `enable_thinking`
-# and tool arguments are accepted by Jinja and change nothing.
+# The ChatML form that the chat encoders of diffusers' pipelines use.  Arguments that it
+# does not name (`enable_thinking`, tools) are accepted by Jinja and change nothing.
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}"
@@ -41,22 +44,37 @@ CHAT_TEMPLATE = (
     "{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CHAT_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHAT_TOKENS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 
 
-def make_tokenizer(tokenizer_class: type) -> Any:
+def make_tokenizer(tokenizer_class: Any) -> Any:
     """A tokenizer of ``tokenizer_class`` with a small vocabulary of its own.
 
     Raises:
         ShrinkError: the class offers no way to train or to construct it offline.
     """
-    if hasattr(tokenizer_class, "train_new_from_iterator"):
+    algorithm = getattr(getattr(tokenizer_class, "model", None), "__name__", "")
+    if algorithm == "Unigram":
+        tokenizer = tokenizer_class(vocab=_unigram_pieces())
+    elif hasattr(tokenizer_class, "train_new_from_iterator"):
         tokenizer = _train_backend(tokenizer_class)
-    elif "sentencepiece" in _vocabulary_kind(tokenizer_class):
+    elif _reads_sentencepiece(tokenizer_class):
         tokenizer = _train_sentencepiece(tokenizer_class)
     else:
         # Byte-level classes carry their vocabulary in the code.
         tokenizer = tokenizer_class()
+    if algorithm == "BPE":
+        # Byte-pair classes are those of chat models; the tokens and the template change
+        # nothing for a caller that does not use them.
+        tokenizer.add_tokens(list(CHAT_TOKENS), special_tokens=True)
+        tokenizer.chat_template = CHAT_TEMPLATE
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.model_max_length > 1_000_000:
@@ -64,10 +82,43 @@ def make_tokenizer(tokenizer_class: type) -> Any:
     return tokenizer
 
 
-def add_chat(tokenizer: Any) -> None:
-    """Give a tokenizer the ChatML tokens and template that chat encoders ask for."""
-    tokenizer.add_special_tokens({"additional_special_tokens": list(CHAT_TOKENS)})
-    tokenizer.chat_template = CHAT_TEMPLATE
+def tokenizer_for(hint: Any, encoder: Any) -> Any:
+    """The tokenizer class for a hint that may be an automatic one or a processor.
+
+    A processor adds pictures and videos to a tokenizer (and needs torchvision to be
+    made); calls that pass text alone reach only its tokenizer, which stands in for it.
+    """
+    from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
+
+    if isinstance(hint, type) and issubclass(hint, PreTrainedTokenizerBase):
+        generic = hint.__name__ in ("PreTrainedTokenizerFast", "TokenizersBackend")
+        if hint is not PreTrainedTokenizerBase and not generic:
+            return hint
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+    config_class = getattr(encoder, "config_class", None)
+    found = TOKENIZER_MAPPING.get(config_class, None) if config_class else None
+    if isinstance(found, tuple):  # (slow, fast) before transformers 5
+        found = found[1] or found[0]
+    if found is None or found.__name__ == "TokenizersBackend":
+        return Qwen2Tokenizer
+    return found
+
+
+def _unigram_pieces() -> list[tuple[str, float]]:
+    """Pieces with scores, special tokens first: whole words, halves, characters.
+
+    Made by rule because the library's Unigram trainer orders pieces differently in
+    every process, and equal seeds have to give equal folders.
+    """
+    words = list(dict.fromkeys(" ".join(CORPUS).split()))
+    halves = [w[: len(w) // 2] for w in words] + [w[len(w) // 2 :] for w in words]
+    pieces = ["\u2581", *string.printable.strip()]
+    pieces += [f"\u2581{piece}" for piece in words + halves] + halves
+    # Longer pieces score higher, so that a word known whole stays whole.
+    return [(special, 0.0) for special in ("<pad>", "</s>", "<unk>")] + [
+        (piece, -20.0 / (1 + len(piece))) for piece in dict.fromkeys(pieces) if piece
+    ]
 
 
 def _train_backend(tokenizer_class: Any) -> Any:
@@ -84,10 +135,9 @@ def _train_backend(tokenizer_class: Any) -> Any:
     )
 
 
-def _vocabulary_kind(tokenizer_class: Any) -> str:
-    """ "sentencepiece" where the class reads a sentencepiece model, else ""."""
-    name = str(getattr(tokenizer_class, "vocab_files_names", {}).get("vocab_file", ""))
-    return "sentencepiece" if name.endswith(".model") else ""
+def _reads_sentencepiece(tokenizer_class: Any) -> bool:
+    files = getattr(tokenizer_class, "vocab_files_names", {})
+    return str(files.get("vocab_file", "")).endswith(".model")
 
 
 def _train_sentencepiece(tokenizer_class: Any) -> Any:

@@ -1,0 +1,156 @@
+"""Builds the tiny components of one pipeline from the hints of its constructor."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from . import sizes, table, text
+from .errors import ShrinkError
+from .tokenizers import make_tokenizer, tokenizer_for
+from .weights import enliven
+
+
+class Components:
+    """The components of one pipeline, in the order in which they need each other.
+
+    Args:
+        pipeline_class: whose constructor is served.
+        hints: parameter name -> type, unions already reduced.
+        changes: configuration entries per component, over the derived ones.
+        seed: of the weights.
+    """
+
+    def __init__(
+        self,
+        pipeline_class: Any,
+        hints: Mapping[str, Any],
+        changes: Mapping[str, Mapping[str, Any]],
+        seed: int,
+    ) -> None:
+        self.pipeline_class = pipeline_class
+        self.hints = hints
+        self.changes = {name: dict(entries) for name, entries in changes.items()}
+        self.seed = seed
+        self.built: dict[str, Any] = {}
+
+    def build(self) -> dict[str, Any]:
+        """All arguments of the pipeline's constructor."""
+        parameters = inspect.signature(self.pipeline_class.__init__).parameters
+        # Tokenizers first: encoders take the vocabulary from them.
+        for name in sorted(self.hints, key=lambda name: not _is_tokenizer(name)):
+            if name in table.LEFT_OUT:
+                self.built[name] = None
+            elif self._is_component(name):
+                self.built[name] = self.make(name)
+            elif parameters[name].default is inspect.Parameter.empty:
+                raise ShrinkError(
+                    f"{self.pipeline_class.__name__} needs {name}: {self.hints[name]}",
+                    expected="a component class or a default",
+                )
+        self.built.update(self.changes.get("pipeline", {}))
+        return self.built
+
+    def make(self, name: str) -> Any:
+        """One component, from its hint and its changes.
+
+        Raises:
+            ShrinkError: its class is of no kind that can be made small.
+        """
+        from diffusers import ModelMixin, SchedulerMixin
+
+        changes = dict(self.changes.get(name, {}))
+        cls = changes.pop("class", self.hints[name])
+        if _is_tokenizer(name):
+            return make_tokenizer(tokenizer_for(cls, self._encoder_hint(name)))
+        if issubclass(cls, enum.Enum | SchedulerMixin):
+            return self._scheduler(cls, changes)
+        if issubclass(cls, ModelMixin):
+            return self._diffusers_model(name, cls, changes)
+        if hasattr(cls, "config_class"):
+            return self._encoder(name, cls, changes)
+        raise ShrinkError(
+            f"{self.pipeline_class.__name__} needs {name}: {cls.__name__}",
+            expected="a model, a scheduler or a tokenizer",
+        )
+
+    def _is_component(self, name: str) -> bool:
+        """Whether a parameter is a component to make, and not a number or a flag."""
+        if name in self.pipeline_class._optional_components and not _is_text(name):
+            return False
+        hint = self.hints[name]
+        return isinstance(hint, type) and hint not in (bool, int, float, str)
+
+    def _scheduler(self, cls: Any, changes: dict[str, Any]) -> Any:
+        if issubclass(cls, enum.Enum):
+            # Any of the compatible ones: the solver that most of these pipelines name.
+            from diffusers import DPMSolverMultistepScheduler as cls
+        parameters = inspect.signature(cls.__init__).parameters
+        module = sys.modules[self.pipeline_class.__module__]
+        if hasattr(module, "calculate_shift") and "use_dynamic_shifting" in parameters:
+            # Released schedulers of pipelines that compute `mu` shift dynamically.
+            changes.setdefault("use_dynamic_shifting", True)
+        return cls(**changes)
+
+    def _diffusers_model(self, name: str, cls: Any, changes: dict[str, Any]) -> Any:
+        if name == "vae":
+            config = sizes.vae_config(cls, self._latent_channels(cls))
+        else:
+            config = sizes.backbone_config(cls)
+        model = cls(**{**config, **changes})
+        enliven(model, self.seed)
+        return model.eval()
+
+    def _latent_channels(self, cls: Any) -> int | None:
+        """Latent channels of a VAE whose own default is not meant for this backbone."""
+        if "block_out_channels" not in sizes.defaults(cls):
+            return None
+        backbone = self.hints.get("transformer")
+        entries = self.changes.get("transformer", {})
+        channels = entries.get("in_channels") or (
+            sizes.defaults(backbone).get("in_channels") if backbone else None
+        )
+        packed = hasattr(self.pipeline_class, "_pack_latents")
+        return channels and (int(channels) // 4 if packed else int(channels))
+
+    def _encoder(self, name: str, hint: type, changes: dict[str, Any]) -> Any:
+        cls = text.concrete_class(hint)
+        suffix = name.replace("text_encoder", "")
+        tokenizer = next(
+            (
+                self.built[t]
+                for t in (f"tokenizer{suffix}", f"processor{suffix}", "tokenizer")
+                if t in self.built
+            ),
+            None,
+        )
+        model = cls(text.encoder_config(cls, tokenizer, self._width(cls), changes))
+        enliven(model, self.seed)
+        return model.eval()
+
+    def _width(self, cls: Any) -> int:
+        """Width of one text encoder: CLIP models share one, their outputs are joined."""
+        alike = [h for h in self.hints.values() if isinstance(h, type)]
+        alike = [h for h in alike if h.__name__.startswith("CLIPText")]
+        if cls.__name__.startswith("CLIPText"):
+            return sizes.TEXT_DIM // len(alike)
+        return sizes.TEXT_DIM
+
+    def _encoder_hint(self, name: str) -> Any:
+        """The encoder that a tokenizer or processor belongs to."""
+        suffix = name.rpartition("tokenizer")[2]
+        hint = self.hints.get(f"text_encoder{suffix}") or self.hints.get("text_encoder")
+        entries = self.changes.get(f"text_encoder{suffix}", {})
+        return entries.get("class", hint)
+
+
+def _is_tokenizer(name: str) -> bool:
+    """Tokenizers, and the processors that wrap one (see ``tokenizer_for``)."""
+    return "tokenizer" in name or name in ("processor", "text_processor")
+
+
+def _is_text(name: str) -> bool:
+    return _is_tokenizer(name) or "text_encoder" in name

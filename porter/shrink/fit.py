@@ -1,0 +1,108 @@
+"""Makes the widths of a backbone agree with what its pipeline feeds it.
+
+Which parameter of a backbone must equal which width of a text encoder stands in no
+signature.  So one step is run and watched: a layer that is fed another width than it
+was built for names the parameter that sets its width, because changing that parameter
+changes exactly this layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .components import Components
+from .kwargs import call_kwargs
+
+ATTEMPTS = 8
+"""More mismatched parameters than any backbone has."""
+
+
+class _Mismatch(Exception):
+    """A layer got another input width than it was built for."""
+
+    def __init__(self, layer: str, built: int, fed: int) -> None:
+        super().__init__(f"{layer}: built for {built}, fed {fed}")
+        self.layer, self.built, self.fed = layer, built, fed
+
+
+def fit_widths(pipeline: Any, components: Components) -> None:
+    """Rebuild ``pipeline.transformer`` until one step passes its input layers.
+
+    Other failures of that step are left to whoever calls the pipeline: they are not
+    about widths, and the folder may still serve another kind of call.
+    """
+    if getattr(pipeline, "transformer", None) is None:
+        return
+    for _ in range(ATTEMPTS):
+        mismatch = _first_mismatch(pipeline)
+        if mismatch is None:
+            return
+        change = _parameter_for(pipeline.transformer, mismatch)
+        if change is None:
+            return
+        components.changes.setdefault("transformer", {}).update(change)
+        pipeline.transformer = components.make("transformer")
+
+
+def _first_mismatch(pipeline: Any) -> _Mismatch | None:
+    handles = [
+        module.register_forward_pre_hook(_watch(name))
+        for name, module in pipeline.transformer.named_modules()
+        if isinstance(module, nn.Linear) or _is_norm(module)
+    ]
+    disabled = pipeline.__dict__.get("_progress_bar_config")
+    pipeline.set_progress_bar_config(disable=True)
+    try:
+        pipeline(**call_kwargs(pipeline, num_inference_steps=2))
+    except _Mismatch as mismatch:
+        return mismatch
+    except Exception:  # noqa: BLE001  not about widths: see fit_widths
+        return None
+    finally:
+        for handle in handles:
+            handle.remove()
+        pipeline._progress_bar_config = disabled or {}
+    return None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return "Norm" in type(module).__name__ and isinstance(weight, nn.Parameter)
+
+
+def _watch(name: str) -> Any:
+    def compare(module: Any, inputs: tuple[Any, ...]) -> None:
+        if inputs and isinstance(inputs[0], torch.Tensor):
+            built, fed = module.weight.shape[-1], inputs[0].shape[-1]
+            if built != fed:
+                raise _Mismatch(name, built, fed)
+
+    return compare
+
+
+def _parameter_for(backbone: Any, mismatch: _Mismatch) -> dict[str, Any] | None:
+    """The configuration entry that makes the layer as wide as its input."""
+    config = {k: v for k, v in backbone.config.items() if not k.startswith("_")}
+    candidates = [
+        (name, value * mismatch.fed // mismatch.built)
+        for name, value in config.items()
+        if isinstance(value, int)
+        and not isinstance(value, bool)
+        and value > 1
+        and value * mismatch.fed % mismatch.built == 0
+    ]
+    # A parameter that equals the width outright is likelier than a factor of it.
+    candidates.sort(key=lambda entry: entry[1] != mismatch.fed)
+    for name, value in candidates:
+        try:
+            with torch.device("meta"):
+                other = type(backbone)(**{**config, name: value})
+        except Exception:  # noqa: BLE001  this value builds no model: try the next
+            continue
+        layer = dict(other.named_modules()).get(mismatch.layer)
+        if layer is not None and layer.weight.shape[-1] == mismatch.fed:
+            return {name: value}
+    return None
