@@ -36,7 +36,7 @@ _EXPORTS = {
             "is_pipeline_last_stage",
         ),
         "layers": ("xFuserLayerBaseWrapper", "xFuserLayerWrappersRegister"),
-        "loading": ("load_pipeline_class",),
+        "loader": ("load_pipeline_class",),
         "pipelines": ("xFuserPipelineBaseWrapper", "xFuserPipelineWrapperRegister"),
         "schedulers": ("xFuserSchedulerBaseWrapper", "xFuserSchedulerWrappersRegister"),
         "transformers": (
