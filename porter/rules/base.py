@@ -34,8 +34,8 @@ A rule is one file with one class; the file's name is the rule's id::
 
 The helpers, all of which take nodes of the original tree:
 
-- `self.replace(module, node, text)`: an expression or a whole statement. Only the
-  statement that holds the edit is formatted.
+- `self.replace(module, node, text)`: an expression or a whole statement. A statement
+  that holds an edited expression is formatted only where a line becomes too long.
 - `self.replace_header(module, compound, text)`: the `for ...:` or `if ...:` line(s) of a
   compound statement; its body stays as it is.
 - `self.insert_before(module, statement, text)`: above the statement's own comments.
@@ -60,9 +60,9 @@ the tuple with the folder. Cases live in `tests/cases/<rule>/<case>.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Protocol, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import libcst as cst
 
@@ -72,21 +72,6 @@ from porter.rules.format import format_header, format_statements, indent_block
 Facts = TypeVar("Facts")
 Import = tuple[str, str]
 """(module, name) of `from module import name`."""
-
-
-class PipelineFacts(Protocol):
-    """What a run of the shrunken model says about a pipeline.
-
-    `cfg_axes` maps the path of a leaf among the transformer call's arguments to the axis
-    that guidance doubles; None where nothing was measured. `cfg_style` is one of
-    "batched", "sequential" and "none".
-    """
-
-    @property
-    def cfg_axes(self) -> Mapping[str, int] | None: ...
-
-    @property
-    def cfg_style(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -146,7 +131,6 @@ class Rule(ABC, Generic[Facts]):
         start, end = module.span(node)
         if isinstance(node, cst.SimpleStatementLine | cst.BaseCompoundStatement):
             text = format_statements(text, module.indentation(node)).lstrip()
-            end = module.line_end(module.last_line(node))
         return self._edit(module, start, end, text, at or node)
 
     def replace_header(

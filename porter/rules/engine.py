@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import textwrap
+import tokenize
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +15,7 @@ import libcst as cst
 from porter.errors import RuleError
 from porter.parsed import ParsedModule, walk
 from porter.rules.base import Edit, Import, Rule
-from porter.rules.format import INDENT, format_statements
+from porter.rules.format import INDENT, UPSTREAM_LINE_LENGTH, format_statements
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,25 @@ def apply_rules(
             )
     ordered = sorted(_by_statement(module, edits, within), key=_order)
     _check_overlap(module, ordered)
-    return Rewrite(module, tuple(ordered), counts, tuple(sorted(imports)))
+    rewrite = Rewrite(module, tuple(ordered), counts, tuple(sorted(imports)))
+    for node in within:
+        _check_comments(rewrite, node, subject)
+    return rewrite
+
+
+def _check_comments(rewrite: Rewrite, node: cst.CSTNode, subject: str) -> None:
+    lost = _comments(rewrite.original(node)) - _comments(rewrite.text(node))
+    if lost:
+        raise RuleError(
+            f"a comment of {subject} that an edit drops: {next(iter(lost))!r}",
+            expected="every comment of the original in the port",
+            where=rewrite.module.where(node),
+        )
+
+
+def _comments(text: str) -> Counter[str]:
+    tokens = tokenize.generate_tokens(io.StringIO(textwrap.dedent(text)).readline)
+    return Counter(t.string for t in tokens if t.type == tokenize.COMMENT)
 
 
 def _check_count(
@@ -150,7 +171,7 @@ def _by_statement(
 ) -> list[Edit]:
     """Joins edits inside one simple statement into one edit of that statement.
 
-    The statement is the unit that is formatted.
+    The statement is the unit that is formatted, and only where a line becomes too long.
     """
     statements = [
         node
@@ -190,14 +211,15 @@ def _joined(
     start, _ = module.span(statement)
     end = module.line_end(module.last_line(statement))
     text = indentation + _apply(module, parts, start, end)
-    text = format_statements(textwrap.dedent(text), indentation).lstrip()
+    if any(len(line) > UPSTREAM_LINE_LENGTH for line in text.splitlines()):
+        text = format_statements(textwrap.dedent(text), indentation)
     rules = sorted({part.rule for part in parts})
     manuals = sorted({part.manual for part in parts})
     return replace(
         parts[0],
         start=start,
         end=end,
-        text=text,
+        text=text.lstrip(),
         rule=", ".join(rules),
         manual=", ".join(manuals),
     )

@@ -1,0 +1,57 @@
+"""Records of a denoising loop, as `porter.analysis.pipeline_source` reads them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import libcst as cst
+
+from porter.parsed import Statement
+
+
+@dataclass(frozen=True)
+class TransformerCall:
+    """One call of a denoiser in the loop.
+
+    Attributes:
+        call: the call itself, without the `[0]` behind it.
+        statement: the statement that holds it.
+        guards: the tests under which it runs, outermost first, each on one line.
+        target: the name that the statement binds, or None.
+        inner_loop: it runs in a loop inside the denoising loop.
+    """
+
+    call: cst.Call
+    statement: cst.SimpleStatementLine
+    guards: tuple[str, ...]
+    target: str | None
+    inner_loop: bool
+
+
+@dataclass(frozen=True)
+class DenoisingLoop:
+    """The loop over the timesteps.
+
+    Attributes:
+        loop: the `for` statement.
+        frame: the statement to stand above: the `with` around the loop, or the loop.
+        outer: the statement of `__call__`'s own body that holds the loop.
+        body: the statements of a pass: neither the interrupt check nor the tail.
+        interrupt: the check at the top of the body that ends the run early, or None.
+        tail: callback, progress bar and the like, once a step.
+        callback_block: the `if callback_on_step_end is not None` of the tail, or None.
+        latents: the name that the loop carries and the scheduler steps.
+        in_place: the body stores into the latents instead of binding them anew.
+        calls: the denoiser's calls, in order.
+    """
+
+    loop: cst.For
+    frame: Statement
+    outer: Statement
+    body: tuple[Statement, ...]
+    interrupt: cst.If | None
+    tail: tuple[Statement, ...]
+    callback_block: cst.If | None
+    latents: str
+    in_place: bool
+    calls: tuple[TransformerCall, ...]

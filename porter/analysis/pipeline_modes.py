@@ -1,0 +1,97 @@
+"""Which ways of splitting a denoising loop admits, and the reason where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import libcst as cst
+
+from porter.analysis.denoising import DenoisingLoop, TransformerCall
+from porter.parsed import ParsedModule, dotted, find
+from porter.scope import carried, names_in, reads, writes
+
+_DRAWS = ("randn_tensor", "torch.randn", "torch.randn_like", "torch.rand")
+_DRAWS_OF_TENSORS = ("normal_", "uniform_", "multinomial")
+
+
+def cfg_style(module: ParsedModule, loop: DenoisingLoop) -> tuple[str, str]:
+    """How guidance could be split, or the reason why it cannot."""
+    calls = loop.calls
+    where = module.where(calls[-1].call)
+    if any(call.inner_loop for call in calls):
+        return "none", f"{where}: the transformer is called once a guider's entry"
+    if len(calls) == 1 or _exclusive(module, calls):
+        return "batched", ""
+    if len(calls) > 2:
+        return "none", f"{where}: {len(calls)} transformer calls a step"
+    first, second = calls
+    if first.target is None or second.target is None:
+        return "none", f"{where}: the outputs of the two calls are not bound to names"
+    if first.target == second.target:
+        return "none", f"{where}: both calls end in {first.target}"
+    if first.guards != second.guards[: len(first.guards)]:
+        return "none", f"{module.where(first.call)}: the first call has its own guard"
+    between = _statements_between(module, loop, first, second)
+    tainted, rewritten = {first.target}, set(writes(module, first.statement))
+    for part in between:
+        if reads(module, part) & tainted:
+            tainted |= writes(module, part)
+        rewritten |= writes(module, part)
+    if reads(module, second.call) & tainted:
+        return "none", f"{where}: the second call depends on the first"
+    tests = second.guards[len(first.guards) :]
+    if any(names_in(test) & rewritten for test in tests):
+        return "none", f"{where}: its guard is known only after the first call"
+    return "sequential", ""
+
+
+def _exclusive(module: ParsedModule, calls: Sequence[TransformerCall]) -> bool:
+    """Whether at most one of the calls runs in a step."""
+    homes = []
+    for call in calls:
+        below: cst.CSTNode = call.call
+        branches = {}
+        for above in module.ancestors(call.call):
+            if isinstance(above, cst.If):
+                branches[above] = below is above.body
+            below = above
+        homes.append(branches)
+    return all(
+        any(node in other and other[node] != side for node, side in one.items())
+        for i, one in enumerate(homes)
+        for other in homes[i + 1 :]
+    )
+
+
+def _statements_between(
+    module: ParsedModule,
+    loop: DenoisingLoop,
+    first: TransformerCall,
+    second: TransformerCall,
+) -> list[cst.SimpleStatementLine]:
+    start, end = module.span(first.statement)[1], module.span(second.statement)[0]
+    return [
+        part
+        for part in find(loop.loop, cst.SimpleStatementLine)
+        if start <= module.span(part)[0] < end
+    ]
+
+
+def unfit_for_patches(module: ParsedModule, loop: DenoisingLoop) -> str:
+    """Why a pass over one patch would not equal its part of a whole pass, or ''."""
+    others = carried(module, loop.body) - {loop.latents}
+    if others:
+        name = sorted(others)[0]
+        line = next(s for s in loop.body if name in reads(module, s))
+        return f"{module.where(line)}: {name} is carried from step to step"
+    for part in loop.body:
+        for node in find(part, cst.Call):
+            name = dotted(node.func)
+            if name in _DRAWS or name.rpartition(".")[2] in _DRAWS_OF_TENSORS:
+                return f"{module.where(node)}: random numbers are drawn in the loop"
+            if name.endswith(".append"):
+                return f"{module.where(node)}: a list grows in the loop"
+    for part in loop.tail:
+        if part is not loop.callback_block and loop.latents in writes(module, part):
+            return f"{module.where(part)}: latents change after the step's callback"
+    return ""

@@ -1,0 +1,368 @@
+"""Reads a pipeline's `__call__`: the denoising loop and what stands around it.
+
+Everything is found by structure: the loop is the innermost one that both calls a denoiser
+(a parameter of `__init__` that holds a transformer, or a local alias of it) and steps a
+scheduler; the latents are what the scheduler's step returns into and the loop carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import libcst as cst
+
+from porter.analysis.denoising import DenoisingLoop, TransformerCall
+from porter.analysis.pipeline_modes import cfg_style, unfit_for_patches
+from porter.errors import Refusal
+from porter.parsed import ParsedModule, Statement, dotted, find
+from porter.scope import carried, one_line, reads, writes
+
+CALLBACKS = ("callback", "callback_on_step_end")
+
+
+@dataclass(frozen=True)
+class PipelineSource:
+    """A pipeline class as its source shows it.
+
+    Attributes:
+        module: the file.
+        class_name: the class.
+        call: its `__call__`.
+        parameters: names of `__call__`'s parameters.
+        denoising: the loop.
+        denoisers: dotted names under which `__call__` calls a transformer.
+        cfg_style: "batched" (one call), "sequential" (two) or "none": what the source
+            admits; whether guidance is there at all is for the probe to say.
+        refused_modes: mode to the reason, with file:line, why this port lacks it.
+    """
+
+    module: ParsedModule
+    class_name: str
+    call: cst.FunctionDef
+    parameters: tuple[str, ...]
+    denoising: DenoisingLoop
+    denoisers: frozenset[str]
+    cfg_style: str
+    refused_modes: Mapping[str, str]
+
+    @property
+    def body(self) -> Sequence[Statement]:
+        """The statements of `__call__`."""
+        return statements(self.call.body)
+
+    @property
+    def before(self) -> Sequence[Statement]:
+        """The statements of `__call__` above the one that holds the loop."""
+        body = list(self.body)
+        return body[: body.index(self.denoising.outer)]
+
+    @property
+    def after(self) -> Sequence[Statement]:
+        """The statements of `__call__` below the one that holds the loop."""
+        body = list(self.body)
+        return body[body.index(self.denoising.outer) + 1 :]
+
+
+def statements(block: cst.BaseSuite) -> list[Statement]:
+    """The statements of an indented block."""
+    return [
+        part
+        for part in block.body
+        if isinstance(part, cst.SimpleStatementLine | cst.BaseCompoundStatement)
+    ]
+
+
+def analyse_pipeline(
+    module: ParsedModule, class_name: str, denoisers: Iterable[str]
+) -> PipelineSource:
+    """Reads one pipeline class.
+
+    Args:
+        module: its file.
+        class_name: the class.
+        denoisers: attributes that hold a transformer.
+
+    Raises:
+        Refusal: no transformer, no `__call__` of its own, or no plain denoising loop.
+    """
+    where = module.where(module.class_def(class_name))
+    attributes = {f"self.{name}" for name in denoisers}
+    if not attributes:
+        raise Refusal(
+            f"{class_name} has no transformer among the parameters of __init__",
+            expected="a pipeline that denoises with a transformer",
+            where=where,
+        )
+    call = module.method(class_name, "__call__")
+    if call is None:
+        raise Refusal(
+            f"{class_name} has no __call__ of its own",
+            expected="a pipeline class that defines __call__",
+            where=where,
+        )
+    known = frozenset(attributes | _aliases(module, call, attributes))
+    loop = _denoising_loop(module, class_name, call, known)
+    style, reason = cfg_style(module, loop)
+    refused = {"cfg": reason} if reason else {}
+    if unfit := unfit_for_patches(module, loop):
+        refused["pipefusion"] = unfit
+    names = tuple(
+        param.name.value for param in (*call.params.params, *call.params.kwonly_params)
+    )
+    return PipelineSource(module, class_name, call, names, loop, known, style, refused)
+
+
+def _denoising_loop(
+    module: ParsedModule,
+    class_name: str,
+    call: cst.FunctionDef,
+    denoisers: frozenset[str],
+) -> DenoisingLoop:
+    calls = [node for node in find(call, cst.Call) if dotted(node.func) in denoisers]
+    loops = {
+        loop: None
+        for node in calls
+        if (loop := _stepping_loop(module, call, node)) is not None
+    }
+    if not loops:
+        raise Refusal(
+            f"{class_name}.__call__ has no loop that calls the transformer"
+            " and steps the scheduler",
+            expected="one denoising loop in __call__",
+            where=module.where(call),
+        )
+    if len(loops) > 1:
+        raise Refusal(
+            f"{class_name}.__call__ has {len(loops)} denoising loops",
+            expected="one",
+            where=module.where(list(loops)[1]),
+        )
+    loop = next(iter(loops))
+    if any(isinstance(a, cst.For | cst.While) for a in _between(module, loop, call)):
+        raise Refusal(
+            f"the denoising loop of {class_name} stands inside another loop",
+            expected="one loop over the timesteps",
+            where=module.where(loop),
+        )
+    outer = _child_of(module, call.body, loop)
+    return _dissect(module, class_name, loop, outer, calls)
+
+
+def _dissect(
+    module: ParsedModule,
+    class_name: str,
+    loop: cst.For,
+    outer: Statement,
+    calls: Sequence[cst.Call],
+) -> DenoisingLoop:
+    body = statements(loop.body)
+    interrupt = _interrupt(module, body)
+    stepping = max(i for i, part in enumerate(body) if _steps(module, part))
+    cut = next(
+        (i for i, s in enumerate(body) if i > stepping and _is_tail(module, s)),
+        len(body),
+    )
+    inside = tuple(body[1 if interrupt else 0 : cut])
+    latents, in_place = _latents(module, class_name, loop, inside)
+    for jump in (*find(loop.body, cst.Continue), *find(loop.body, cst.Break)):
+        if interrupt is not None and interrupt in module.ancestors(jump):
+            continue
+        if module.ancestors(jump) and _innermost_loop(module, jump) is loop:
+            raise Refusal(
+                f"a {module.source(jump)} in the denoising loop of {class_name}",
+                expected="every pass to reach the end of the loop's body",
+                where=module.where(jump),
+            )
+    frame: Statement = loop
+    for above in module.ancestors(loop):
+        if isinstance(above, cst.With) and loop in statements(above.body):
+            frame = above
+        if isinstance(above, cst.With | cst.FunctionDef):
+            break
+    blocks = [s for s in body[cut:] if isinstance(s, cst.If)]
+    callback = next(
+        (s for s in blocks if "callback_on_step_end" in reads(module, s.test)), None
+    )
+    return DenoisingLoop(
+        loop=loop,
+        frame=frame,
+        outer=outer,
+        body=inside,
+        interrupt=interrupt,
+        tail=tuple(body[cut:]),
+        callback_block=callback,
+        latents=latents,
+        in_place=in_place,
+        calls=tuple(
+            _transformer_call(module, node, loop)
+            for node in calls
+            if loop in module.ancestors(node)
+        ),
+    )
+
+
+def _aliases(
+    module: ParsedModule, call: cst.FunctionDef, attributes: set[str]
+) -> set[str]:
+    """Local names that are bound to a denoiser, such as `model = self.transformer`."""
+    found: set[str] = set()
+    for node in find(call, cst.Assign):
+        value = node.value
+        options = [value]
+        if isinstance(value, cst.IfExp):
+            options = [value.body, value.orelse]
+        if any(dotted(option) in attributes for option in options):
+            found |= {dotted(target.target) for target in node.targets}
+    return found - {""}
+
+
+def _between(
+    module: ParsedModule, node: cst.CSTNode, top: cst.CSTNode
+) -> list[cst.CSTNode]:
+    above: list[cst.CSTNode] = []
+    for each in module.ancestors(node):
+        if each is top:
+            break
+        above.append(each)
+    return above
+
+
+def _child_of(
+    module: ParsedModule, block: cst.BaseSuite, node: cst.CSTNode
+) -> Statement:
+    inside = {node, *module.ancestors(node)}
+    return next(part for part in statements(block) if part in inside)
+
+
+def _innermost_loop(module: ParsedModule, node: cst.CSTNode) -> cst.CSTNode | None:
+    above = module.ancestors(node)
+    return next((a for a in above if isinstance(a, cst.For | cst.While)), None)
+
+
+def _stepping_loop(
+    module: ParsedModule, call: cst.FunctionDef, node: cst.CSTNode
+) -> cst.For | None:
+    for above in _between(module, node, call):
+        if isinstance(above, cst.For) and _steps(module, above):
+            return above
+    return None
+
+
+def _steps(module: ParsedModule, node: cst.CSTNode) -> list[cst.Call]:
+    """Calls of `step` of something that is named a scheduler."""
+    return [
+        each
+        for each in find(node, cst.Call)
+        if isinstance(each.func, cst.Attribute)
+        and each.func.attr.value == "step"
+        and "scheduler" in module.source(each.func.value)
+    ]
+
+
+def _interrupt(module: ParsedModule, body: Sequence[Statement]) -> cst.If | None:
+    first = body[0]
+    if isinstance(first, cst.If) and "interrupt" in module.source(first.test):
+        inner = statements(first.body)
+        jump = inner[0].body[0] if isinstance(inner[0], cst.SimpleStatementLine) else 0
+        if len(inner) == 1 and isinstance(jump, cst.Continue | cst.Break):
+            return first
+    return None
+
+
+def _is_tail(module: ParsedModule, statement: Statement) -> bool:
+    """Whether a statement serves the step as a whole: callback, progress, device mark."""
+    if isinstance(statement, cst.If):
+        tested = reads(module, statement.test)
+        if tested & {*CALLBACKS, "XLA_AVAILABLE"}:
+            return True
+    return any(
+        isinstance(node.func, cst.Attribute)
+        and node.func.attr.value == "update"
+        and "progress" in dotted(node.func.value)
+        for node in find(statement, cst.Call)
+    )
+
+
+def _latents(
+    module: ParsedModule, class_name: str, loop: cst.For, body: Sequence[Statement]
+) -> tuple[str, bool]:
+    """The carried name that the scheduler's step ends in, and whether it is stored into."""
+    targets: dict[str, bool] = {}
+    for step in _steps(module, loop.body):
+        small = next(
+            (a for a in module.ancestors(step) if isinstance(a, cst.Assign)), None
+        )
+        if small is None:
+            continue
+        target: cst.CSTNode = small.targets[0].target
+        if isinstance(target, cst.Tuple):
+            target = target.elements[0].value
+        if isinstance(target, cst.Subscript):
+            targets[dotted(target.value)] = True
+        else:
+            targets.setdefault(dotted(target), False)
+    kept = carried(module, body)
+    latents = {n for n, stored in targets.items() if n in kept or stored}
+    # A result may be put together with other parts before it becomes the latents.
+    latents |= _derived(module, body, set(targets) - latents) & kept
+    if len(latents) != 1:
+        found = ", ".join(sorted(latents)) or "no variable"
+        raise Refusal(
+            f"the denoising loop of {class_name} carries {found}"
+            " through the scheduler's step",
+            expected="one tensor of latents",
+            where=module.where(loop),
+        )
+    name = next(iter(latents))
+    stored = any(
+        isinstance(target.target, cst.Subscript) and dotted(target.target.value) == name
+        for part in body
+        for target in find(part, cst.AssignTarget)
+    )
+    return name, stored
+
+
+def _derived(
+    module: ParsedModule, body: Sequence[Statement], names: set[str]
+) -> set[str]:
+    """Names bound below the scheduler's step from what depends on `names`."""
+    first = next(i for i, part in enumerate(body) if _steps(module, part))
+    derived = set(names)
+    for part in body[first:]:
+        for small in find(part, cst.SimpleStatementLine):
+            if reads(module, small) & derived:
+                derived |= writes(module, small)
+    return derived - names
+
+
+def _transformer_call(
+    module: ParsedModule, call: cst.Call, loop: cst.For
+) -> TransformerCall:
+    statement = module.statement(call)
+    above = _between(module, call, loop)
+    if not isinstance(statement, cst.SimpleStatementLine):
+        raise Refusal(
+            "a transformer call in the header of a compound statement",
+            expected="a statement of its own",
+            where=module.where(call),
+        )
+    guards = []
+    below: cst.CSTNode = call
+    for each in above:
+        if isinstance(each, cst.If):
+            test = one_line(module, each.test)
+            guards.append(test if below is each.body else f"not ({test})")
+        below = each
+    bound = [
+        dotted(target.target)
+        for node in find(statement, cst.Assign)
+        for target in node.targets
+    ]
+    return TransformerCall(
+        call=call,
+        statement=statement,
+        guards=tuple(reversed(guards)),
+        target=bound[0] if len(bound) == 1 and bound[0] else None,
+        inner_loop=any(isinstance(each, cst.For | cst.While) for each in above),
+    )

@@ -1,0 +1,37 @@
+"""What the rules for pipelines are given: the source's shape and the probe's facts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from porter.analysis.facts import PipelineFacts
+from porter.analysis.pipeline_source import PipelineSource
+
+
+@dataclass(frozen=True)
+class PipelineContext:
+    """A pipeline as its source shows it and as a run of the shrunken model measured it."""
+
+    source: PipelineSource
+    facts: PipelineFacts
+
+    @property
+    def cfg_style(self) -> str:
+        """How guidance is split; "none" unless source and measurement agree."""
+        agree = self.source.cfg_style == self.facts.cfg_style
+        return self.source.cfg_style if agree else "none"
+
+    @property
+    def refused_modes(self) -> Mapping[str, str]:
+        """Mode to the reason why this port lacks it."""
+        refused = dict(self.source.refused_modes)
+        if self.cfg_style == "none" and "cfg" not in refused:
+            where = self.source.module.where(self.source.denoising.loop)
+            seen = {
+                "none": "no guidance was measured",
+                "batched": "a doubled batch was measured, not what the source shows",
+                "sequential": "two calls were measured, not what the source shows",
+            }
+            refused["cfg"] = f"{where}: {seen[self.facts.cfg_style]}"
+        return refused

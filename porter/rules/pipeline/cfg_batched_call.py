@@ -1,0 +1,48 @@
+"""A transformer call on the guided batch runs one branch on each CFG rank.
+
+Match:    the transformer call of the denoising loop (alternatives in separate branches of
+          an `if` count as one).
+Landmark: inside the denoising loop.
+Emit:     `cfg_transformer = self._cfg_batched_call(self.transformer, {argument: axis})`
+          above the call, and the call of that name; the axes are what the probe measured.
+Manual:   1.1 step 2, made at the call: it also holds where the batch is doubled in the
+          loop or in a helper, which the manual's edit does not reach.
+"""
+
+from __future__ import annotations
+
+from porter.parsed import ParsedModule
+from porter.rules.base import Edit, Rule
+from porter.rules.context import PipelineContext
+
+_NAME = "cfg_transformer"
+
+
+class CfgBatchedCall(Rule[PipelineContext]):
+    """See the module's docstring."""
+
+    manual = "1.1 step 2"
+    summary = "the transformer call on the guided batch"
+
+    def edits(self, module: ParsedModule, facts: PipelineContext) -> list[Edit]:
+        """The split above each call, and the called name."""
+        if facts.cfg_style != "batched":
+            return []
+        axes = ", ".join(
+            f'"{path}": {axis}' for path, axis in sorted(facts.facts.cfg_axes.items())
+        )
+        loop = facts.source.denoising
+        found = []
+        for call in loop.calls:
+            name = module.source(call.call.func)
+            split = f"{_NAME} = self._cfg_batched_call({name}, {{{axes}}})"
+            found += [
+                self.insert_before(module, call.statement, split, at=loop.loop),
+                self.replace(module, call.call.func, _NAME, at=loop.loop),
+            ]
+        return found
+
+    def expected(self, module: ParsedModule, facts: PipelineContext) -> tuple[int, int]:
+        """One loop with batched guidance, else none."""
+        wanted = int(facts.cfg_style == "batched")
+        return wanted, wanted
