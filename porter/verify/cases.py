@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,11 +31,11 @@ class CallbackSpec:
 
     module: str
     name: str
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: tuple[tuple[str, Any], ...] = ()
 
     def make(self) -> Any:
         """A fresh callback."""
-        return getattr(_module(self.module), self.name)(**self.arguments)
+        return getattr(_module(self.module), self.name)(**dict(self.arguments))
 
 
 CHANGE_LATENTS = CallbackSpec(str(CALLBACKS_FILE), "ChangeLatents")
@@ -43,7 +43,7 @@ INTERRUPT = CallbackSpec(str(CALLBACKS_FILE), "Interrupt")
 CUTOFF = CallbackSpec(
     "diffusers.callbacks",
     "SDCFGCutoffCallback",
-    {"cutoff_step_ratio": None, "cutoff_step_index": 4},
+    (("cutoff_step_ratio", None), ("cutoff_step_index", 4)),
 )
 
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from porter.verify.hooks import AttentionCall, Replacement, denoiser_attention
 from porter.verify.gate import relative_error
+from porter.verify.hooks import AttentionCall, Replacement, denoiser_attention
 
 
 @dataclass(frozen=True)

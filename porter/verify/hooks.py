@@ -64,7 +64,7 @@ class AttentionCall:
 Replacement = Callable[[AttentionCall], torch.Tensor]
 
 
-class _AttentionMode(TorchFunctionMode):
+class _AttentionMode(TorchFunctionMode):  # type: ignore[misc]
     def __init__(self, replacement: Replacement) -> None:
         super().__init__()
         self._replacement = replacement

@@ -86,7 +86,7 @@ class Mode:
             "ulysses_degree": self.ulysses,
             "ring_degree": self.ring,
             "pipefusion_parallel_degree": self.pp,
-            "num_pipeline_patch": self.patches or None,
+            "num_pipeline_patch": self.patches or 1,
             "warmup_steps": self.warmup_steps(num_steps),
             "allow_unproven": True,
         }

@@ -14,7 +14,8 @@ of step i+1 starts there, and not earlier: code before the blocks sees, at (i, p
 callback, stage 0 has all rows.
 
 Text.  Rows of keys that follow no latents belong to patch 0; other patches read what patch
-0 wrote last.  Attention whose keys hold no row that follows the latents stays plain.
+0 wrote last.  Attention whose keys hold no row that follows the latents stays plain.  The
+first denoiser call of a run decides the borders of the patches for all calls.
 
 Start.  Warm-up steps run whole and fill the caches.  With no warm-up, attention sees the
 rows filled so far alone.
@@ -163,7 +164,9 @@ class _Simulation:
             return True
         both = isinstance(values, torch.Tensor) and isinstance(timesteps, torch.Tensor)
         # A pipeline that starts from an image loops over the last steps alone.
-        return both and len(values) > 0 and torch.equal(values, timesteps[-len(values):])
+        return (
+            both and len(values) > 0 and torch.equal(values, timesteps[-len(values) :])
+        )
 
     def _passes(self, timesteps: Iterable[Any], start: int) -> Iterator[Any]:
         """Yield `(i, t)` once a pass: whole in the warm-up, then once a patch."""
@@ -248,7 +251,12 @@ class _Simulation:
     def _probe(self, module: nn.Module, args: Any, kwargs: Any) -> _Probed:
         probe = TokenProbe(module, args, kwargs, skip=self._outside_regions)
         rows = probe.rows()
-        probed = _Probed(rows, rows.borders(self._plan.num_patches))
+        # Branches may have texts of different lengths; a patch is one region for them all.
+        first = next(iter(self._probed.values()), None)
+        regions = (
+            rows.borders(self._plan.num_patches) if first is None else first.regions
+        )
+        probed = _Probed(rows, regions)
         for patch, (start, stop) in builtins.enumerate(probed.regions):
             for site, (_, keys) in builtins.enumerate(
                 probe.touched(rows.axis, start, stop)
@@ -300,6 +308,11 @@ class _Simulation:
             nothing = torch.zeros(length, dtype=torch.bool)
             self._cached[site] = _Cache(call.key, call.value, nothing)
         old, rows = self._cached[site], site_rows[site[2], self._patch]
+        if old.key.shape != call.key.shape:
+            raise OracleRefusal(
+                f"keys of shape {tuple(call.key.shape)} after {tuple(old.key.shape)}, "
+                "expected one shape in all steps; guidance must not change in the loop"
+            )
         mine = rows[:, None]
         self._cached[site] = _Cache(
             torch.where(mine, call.key, old.key),

@@ -21,7 +21,12 @@ def test_relative_error_is_that_of_the_worst_output() -> None:
 
 @pytest.mark.parametrize(
     "found",
-    [[], [torch.ones(3)], [torch.ones(2), torch.ones(2)], [torch.tensor([1.0, math.nan])]],
+    [
+        [],
+        [torch.ones(3)],
+        [torch.ones(2), torch.ones(2)],
+        [torch.tensor([1.0, math.nan])],
+    ],
     ids=["none", "shape", "count", "nan"],
 )
 def test_what_cannot_be_compared_is_infinitely_wrong(found: list[torch.Tensor]) -> None:
@@ -31,7 +36,9 @@ def test_what_cannot_be_compared_is_infinitely_wrong(found: list[torch.Tensor]) 
 @pytest.mark.parametrize(
     ("floor", "expected"), [(0.0, 1e-5), (4e-7, 1e-5), (1e-6, 2e-5), (1.0, 1e-4)]
 )
-def test_gate_follows_the_floor_up_to_the_ceiling(floor: float, expected: float) -> None:
+def test_gate_follows_the_floor_up_to_the_ceiling(
+    floor: float, expected: float
+) -> None:
     assert gate(floor) == pytest.approx(expected)
     assert passes(expected * 0.99, floor)
     assert not passes(expected * 1.01, floor)

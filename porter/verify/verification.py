@@ -1,0 +1,302 @@
+"""Verify a port: stock and oracle here, the ranks in the replay, verdicts from both."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from porter import source
+from porter.errors import PorterError
+from porter.shrink import make_checkpoint
+from porter.verify.cases import STEPS, Case, cases_for, fresh, packed
+from porter.verify.floor import (
+    Reference,
+    doubled_key,
+    lost_keys,
+    lost_mask,
+    reference,
+    run_replaced,
+)
+from porter.verify.gate import relative_error, sabotage_shows
+from porter.verify.geometry import OracleRefusal
+from porter.verify.modes import Mode, all_modes
+from porter.verify.oracle import DisplacedPatches
+from porter.verify.processes import RunRequest, RunResult, start_replay
+from porter.verify.sabotage import faults_for
+from porter.verify.verdict import Measurement, ModeVerdict, Sabotage, Verification
+
+#: The case that faults are injected into: every mode can split it.
+SABOTAGED = Case(2, 1, 1, True)
+#: Seconds for one group of ranks; a hanging port must not hold up the rest.
+TIMEOUT = 120.0
+
+
+def verify_pipeline(
+    name: str,
+    *,
+    generated: Path,
+    modes: Sequence[Mode] | None = None,
+    checkpoint: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Verification:
+    """Compare the port of a pipeline with stock diffusers in every mode.
+
+    Args:
+        name: class name of the upstream pipeline, or `package.module:Class`.
+        generated: folder of the ports.
+        modes: what to verify; None takes all modes.
+        checkpoint: a tiny checkpoint folder; None makes one with random weights.
+        say: called with a line about what is being done.
+
+    Raises:
+        PorterError: the pipeline cannot be loaded or run, or the ranks cannot start.
+    """
+    started = time.monotonic()
+    target = source.load(name).reference
+    module, _, class_name = target.partition(":")
+    pipeline_class = getattr(importlib.import_module(module), class_name)
+    with tempfile.TemporaryDirectory(prefix="porter-verify-") as folder, _one_thread():
+        if checkpoint is None:
+            say(f"making a tiny checkpoint of {class_name}")
+            checkpoint = Path(folder) / "checkpoint"
+            make_checkpoint(pipeline_class, checkpoint)
+        pipeline = pipeline_class.from_pretrained(checkpoint)
+        pipeline.set_progress_bar_config(disable=True)
+        subject = _Subject(pipeline, say)
+        verdicts = _verdicts(
+            subject,
+            all_modes() if modes is None else modes,
+            Path(folder),
+            target,
+            checkpoint,
+            generated,
+        )
+    seconds = time.monotonic() - started
+    return Verification(class_name, verdicts, subject.rejected, seconds)
+
+
+@dataclass
+class _Subject:
+    """The stock pipeline, its cases, and what it answers to them."""
+
+    pipeline: Any
+    say: Callable[[str], None]
+    rejected: dict[str, str] = field(default_factory=dict)
+    references: dict[Case, Reference] = field(default_factory=dict)
+    has_masks: bool = False
+    displaced: dict[Any, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for case in cases_for(self.pipeline):
+            self.say(f"stock: {case.name}")
+            self._refer(case)
+        if SABOTAGED not in self.references:
+            raise PorterError(
+                f"case {SABOTAGED.name}: {self.rejected.get(SABOTAGED.name, 'missing')}",
+                expected="a case that every mode can be proven on",
+                todo="make the tiny checkpoint's weights livelier",
+            )
+
+    def _refer(self, case: Case) -> None:
+        """Run stock on `case`; leave the case out where it can prove nothing."""
+        call = fresh(self.pipeline, case)
+        try:
+            found = reference(self.pipeline, call)
+        except Exception as error:
+            if case.callback is None:
+                raise PorterError(
+                    f"{type(self.pipeline).__name__} fails on {case.name}: {error}",
+                    expected="a stock run",
+                ) from error
+            # Upstream's own limit, a callback that its loop does not stand.
+            self.rejected[case.name] = f"stock raises {type(error).__name__}: {error}"
+            return
+        for fault in (lost_keys, doubled_key):
+            moved = self._stock_sabotage(call, fault, found)
+            if not sabotage_shows(moved, found.floor):
+                self.rejected[case.name] = f"{fault.__name__} moves it by {moved:.1e}"
+                return
+        if case == SABOTAGED:
+            moved = self._stock_sabotage(call, lost_mask, found)
+            self.has_masks = sabotage_shows(moved, found.floor)
+        self.references[case] = found
+
+    def _stock_sabotage(self, call: Any, fault: Any, found: Reference) -> float:
+        return relative_error(run_replaced(self.pipeline, call, fault), found.outputs)
+
+    def cases(self, mode: Mode) -> tuple[Case, ...]:
+        """The cases that `mode` has something to split on."""
+        return tuple(case for case in self.references if case.suits(mode))
+
+    def displaced_outputs(
+        self, plan: DisplacedPatches, case: Case
+    ) -> tuple[torch.Tensor, ...]:
+        """What PipeFusion should return for `case`; products of modes share it."""
+        key = (plan, case)
+        if key not in self.displaced:
+            self.displaced[key] = plan.run(self.pipeline, fresh(self.pipeline, case))
+        return self.displaced[key]
+
+    def callback_steps(self, case: Case) -> list[int] | None:
+        """The steps at which stock calls the case's callback, if it counts its calls."""
+        kwargs = case.kwargs(self.pipeline)
+        counter: Any = kwargs.get("callback_on_step_end", kwargs.get("callback"))
+        if not hasattr(counter, "calls"):
+            return None
+        self.pipeline(**kwargs)
+        return list(counter.calls)
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """The right answers in one mode, by case."""
+
+    reference: str
+    outputs: Mapping[Case, tuple[torch.Tensor, ...]]
+
+
+def _verdicts(
+    subject: _Subject,
+    modes: Sequence[Mode],
+    folder: Path,
+    target: str,
+    checkpoint: Path,
+    generated: Path,
+) -> tuple[ModeVerdict, ...]:
+    calls = {
+        _call_name(case): packed(case.kwargs(subject.pipeline), case.callback)
+        for case in subject.references
+    }
+    job = folder / "job"
+    job.mkdir()
+    runs = list(_runs(subject, modes))
+    with start_replay(
+        job,
+        pipeline=target,
+        checkpoint=checkpoint,
+        generated=generated,
+        calls=calls,
+        runs=runs,
+    ) as replay:
+        regions = _regions(replay.describe(), subject)
+        answers = {mode: _answers(subject, mode, regions) for mode in modes}
+        results: dict[str, RunResult] = {}
+        for result in replay.results():
+            results[result.name] = result
+            outcome = result.error or f"{result.seconds:.1f} s"
+            subject.say(f"[{len(results)}/{len(runs)}] {result.name}: {outcome}")
+    steps = {case: subject.callback_steps(case) for case in subject.references}
+    return tuple(
+        _verdict(subject, mode, answers[mode], results, steps) for mode in modes
+    )
+
+
+def _runs(subject: _Subject, modes: Sequence[Mode]) -> Iterator[RunRequest]:
+    for mode in modes:
+        cases = subject.cases(mode)
+        if not cases:
+            continue
+        arguments = mode.arguments(STEPS)
+        names = tuple(_call_name(case) for case in cases)
+        yield RunRequest(
+            _run_name(mode), mode.world_size, arguments, names, timeout=TIMEOUT
+        )
+        for fault in faults_for(mode, has_masks=subject.has_masks):
+            yield RunRequest(
+                _run_name(mode, fault),
+                mode.world_size,
+                arguments,
+                (_call_name(SABOTAGED),),
+                fault,
+                TIMEOUT,
+            )
+
+
+def _regions(port: Mapping[str, Any], subject: _Subject) -> tuple[str, ...] | None:
+    """The block lists that the port cuts; None leaves the oracle to its own measure."""
+    loops = [tuple(names) for names in port.get("block_loops", {}).values()]
+    return loops[0] if len(set(loops)) == 1 else None
+
+
+def _answers(
+    subject: _Subject, mode: Mode, regions: tuple[str, ...] | None
+) -> _Answers | OracleRefusal:
+    stock = {case: subject.references[case].outputs for case in subject.cases(mode)}
+    if not mode.patches:
+        return _Answers("stock", stock)
+    plan = DisplacedPatches(mode.patches, mode.warmup_steps(STEPS), regions)
+    try:
+        displaced = {case: subject.displaced_outputs(plan, case) for case in stock}
+    except OracleRefusal as refusal:
+        return refusal
+    return _Answers("oracle", displaced)
+
+
+def _verdict(
+    subject: _Subject,
+    mode: Mode,
+    answers: _Answers | OracleRefusal,
+    results: Mapping[str, RunResult],
+    steps: Mapping[Case, list[int] | None],
+) -> ModeVerdict:
+    if isinstance(answers, OracleRefusal):
+        return ModeVerdict(mode, "oracle", failure=f"the oracle refuses: {answers}")
+    result = results.get(_run_name(mode))
+    if result is None or result.error is not None:
+        failure = None if result is None else result.error
+        return ModeVerdict(mode, answers.reference, failure=failure)
+    measurements = tuple(
+        Measurement(
+            case.name,
+            relative_error(result.outputs[_call_name(case)], answers.outputs[case]),
+            subject.references[case].floor,
+            all(s == steps[case] for s in result.callback_steps[_call_name(case)]),
+        )
+        for case in subject.cases(mode)
+    )
+    sabotages = tuple(
+        _sabotage(subject, fault, results[_run_name(mode, fault)], answers)
+        for fault in faults_for(mode, has_masks=subject.has_masks)
+    )
+    return ModeVerdict(mode, answers.reference, measurements, sabotages)
+
+
+def _sabotage(
+    subject: _Subject, fault: str, result: RunResult, answers: _Answers
+) -> Sabotage:
+    floor = subject.references[SABOTAGED].floor
+    if result.error is not None:
+        return Sabotage(fault, math.nan, floor, f"the ranks stopped: {result.error}")
+    outputs = result.outputs[_call_name(SABOTAGED)]
+    error = relative_error(outputs, answers.outputs[SABOTAGED])
+    note = "" if result.reached else "the broken function was never called"
+    return Sabotage(fault, error, floor, note)
+
+
+def _call_name(case: Case) -> str:
+    return case.name.replace(" ", "-")
+
+
+def _run_name(mode: Mode, fault: str | None = None) -> str:
+    name = mode.name.replace(" x ", ".").replace("/", "-")
+    return f"{name}--{fault}" if fault else name
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Ranks have one thread, and bits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
