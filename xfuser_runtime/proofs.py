@@ -1,0 +1,99 @@
+"""Which parallel modes of a port are proven, and the refusal of all others.
+
+A proof is kept per kind of splitting, without its degree, and per pair of kinds.  A product
+of modes is offered when every kind in it and every pair of them is proven.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+
+from xfuser_runtime.config import EngineConfig
+from xfuser_runtime.errors import NotSupportedError
+
+#: Kinds of splitting in the order in which a proof's name multiplies them.
+KINDS = ("dp", "cfg", "pp", "pipefusion", "ring", "ulysses")
+
+
+@dataclass(frozen=True)
+class Proofs:
+    """The valid proofs of one port.
+
+    Attributes:
+        port: name of the pipeline, as given to porter.
+        modes: proven kinds and pairs, for example `cfg` or `cfg x ulysses`.
+        stale: why the lock's proofs do not hold here; empty where they do.
+    """
+
+    port: str
+    modes: frozenset[str]
+    stale: str = ""
+
+    def check_proven(self, engine_config: EngineConfig) -> None:
+        """Refuse a configuration with a mode that is not proven.
+
+        Raises:
+            NotSupportedError: a mode is unproven; `allow_unproven` makes it a warning.
+        """
+        missing = [mode for mode in needed_proofs(engine_config) if not self._has(mode)]
+        if not missing:
+            return
+        proven = ", ".join(sorted(self.modes)) or "none" if not self.stale else "none"
+        text = (
+            f"{self.port}: {_plural('mode', missing)} not proven"
+            f"{f' ({self.stale})' if self.stale else ''}, expected one of the proven "
+            f"modes: {proven}; run `porter verify {self.port}` or pass --allow_unproven"
+        )
+        if not engine_config.runtime_config.allow_unproven:
+            raise NotSupportedError(text)
+        warnings.warn(text, stacklevel=2)
+
+    def _has(self, mode: str) -> bool:
+        return not self.stale and mode in self.modes
+
+
+def needed_proofs(engine_config: EngineConfig) -> Iterator[str]:
+    """The kinds that a configuration uses, then their pairs, by the names of proofs."""
+    kinds = used_kinds(engine_config)
+    yield from kinds
+    yield from (" x ".join(pair) for pair in combinations(kinds, 2))
+
+
+def used_kinds(engine_config: EngineConfig) -> tuple[str, ...]:
+    """The kinds of splitting that a configuration uses, a subset of `KINDS`.
+
+    Stages with one patch are whole passes in every step; with more they are PipeFusion.
+    """
+    parallel = engine_config.parallel_config
+    patches = engine_config.runtime_config.num_pipeline_patch
+    used = {
+        "dp": parallel.data_parallel_degree > 1,
+        "cfg": parallel.use_cfg_parallel,
+        "pp": parallel.pipefusion_parallel_degree > 1 and patches == 1,
+        "pipefusion": parallel.pipefusion_parallel_degree > 1 and patches > 1,
+        "ring": parallel.ring_degree > 1,
+        "ulysses": parallel.ulysses_degree > 1,
+    }
+    return tuple(kind for kind in KINDS if used[kind])
+
+
+@cache
+def runtime_sha256() -> str:
+    """SHA-256 over the paths and texts of the runtime's own source."""
+    root = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _plural(noun: str, names: list[str]) -> str:
+    quoted = ", ".join(f"`{name}`" for name in names)
+    return f"{noun} {quoted} is" if len(names) == 1 else f"{noun}s {quoted} are"
