@@ -29,17 +29,30 @@ from xfuser_runtime.distributed.parallel_state import (
 
 
 class RankError(AssertionError):
-    """A rank raised, died or did not end in time; the message holds its traceback."""
+    """A rank raised, died or did not end in time; the message holds its traceback.
+
+    Attributes:
+        failures: what each failed rank left, by rank; ranks that were ended from outside are missing.
+    """
+
+    def __init__(self, message: str, failures: dict[int, str] | None = None) -> None:
+        super().__init__(message)
+        self.failures = failures or {}
 
 
 def run_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 60,
+    grace: float = 1,
 ) -> list[Any]:
     """Call ``fn(rank, *args)`` on ``world_size`` forked ranks; results in rank order.
 
     ``fn`` may be a closure; its result must be picklable (tensors are). Inside, the default process
     group exists and `WORLD_SIZE` and `RANK` are set as torchrun sets them; groups of modes are made
-    with `initialize_model_parallel` or `prepare_environment`.
+    with `initialize_model_parallel` or `prepare_environment`. Once a rank has failed, the others, which
+    most likely wait for it, get ``grace`` seconds to end by themselves.
 
     Raises:
         RankError: a rank raised, died, or ran longer than ``timeout`` seconds. No rank is left.
@@ -62,7 +75,7 @@ def run_ranks(
             processes.append(process)
             pipes.append(receiver)
         try:
-            return _collect(processes, pipes, timeout)
+            return _collect(processes, pipes, timeout, grace)
         finally:
             for process in processes:
                 process.kill()
@@ -75,8 +88,9 @@ def _collect(
     processes: list[Any],
     pipes: list[multiprocessing.connection.Connection],
     timeout: float,
+    grace: float,
 ) -> list[Any]:
-    """Results of all ranks; raises at the first that fails, after a moment for others to speak."""
+    """Results of all ranks; raises ``grace`` seconds after the first that fails."""
     deadline = time.monotonic() + timeout
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
@@ -92,26 +106,25 @@ def _collect(
         if not ready:
             break
         for pipe in ready:
-            rank = pipes.index(pipe)  # type: ignore[arg-type]
+            rank = pipes.index(pipe)
             try:
-                ok, value = pickle.loads(pipe.recv_bytes())  # type: ignore[union-attr]
+                ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 processes[rank].join()
                 ok, value = False, f"died with exit code {processes[rank].exitcode}"
             if ok:
                 results[rank] = value
             else:
-                # Peers of a failed rank wait for it in a collective; one second for their words.
-                deadline = min(deadline, time.monotonic() + 1)
+                if not failures:
+                    deadline = min(deadline, time.monotonic() + grace)
                 failures[rank] = value
     if len(results) == len(pipes):
         return [results[rank] for rank in range(len(pipes))]
     if not failures:
         missing = [rank for rank in range(len(pipes)) if rank not in results]
         raise RankError(f"ranks {missing} did not end within {timeout} s")
-    raise RankError(
-        "\n".join(f"rank {rank}: {text}" for rank, text in failures.items())
-    )
+    text = "\n".join(f"rank {rank}: {text}" for rank, text in failures.items())
+    raise RankError(text, failures)
 
 
 def _rank_main(
