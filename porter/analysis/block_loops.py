@@ -28,6 +28,7 @@ class BlockLoop:
         carried: names that the call assigns.
         reads: names that the body reads, checkpoint branches left out.
         checkpoint: the `if` inside the loop whose first branch is a checkpoint, or None.
+        choice: the conditional expression whose first branch is a checkpoint, or None.
         around: the `if` around the loop whose first branch holds its twin, or None.
     """
 
@@ -39,12 +40,8 @@ class BlockLoop:
     carried: tuple[str, ...]
     reads: tuple[str, ...]
     checkpoint: cst.If | None
+    choice: cst.IfExp | None
     around: cst.If | None
-
-    @property
-    def outer(self) -> Statement:
-        """The statement that stands where the loop stands, its twin included."""
-        return self.around or self.node
 
 
 def find_method(
@@ -117,7 +114,8 @@ def _read_loop(
             where=module.where(calls[1]),
         )
     statement = module.statement(calls[0])
-    carried = _targets(statement, calls[0])
+    choice = _choice_around(module, calls[0])
+    carried = _targets(statement, choice or calls[0])
     if carried is None:
         raise Refusal(
             "a block whose result is kept in no plain names",
@@ -134,6 +132,7 @@ def _read_loop(
         carried=carried,
         reads=_reads(node, dead),
         checkpoint=checkpoint,
+        choice=choice,
         around=_checkpoint_around(module, forward, node),
     )
 
@@ -178,11 +177,21 @@ def _checkpoint_around(
     return None
 
 
-def _targets(statement: Statement, call: cst.Call) -> tuple[str, ...] | None:
+def _choice_around(module: ParsedModule, call: cst.Call) -> cst.IfExp | None:
+    above = module.parent(call)
+    if isinstance(above, cst.IfExp) and is_checkpoint_test(above.test):
+        return above
+    return None
+
+
+def _targets(
+    statement: Statement, value: cst.BaseExpression
+) -> tuple[str, ...] | None:
+    """Names that `statement` assigns `value` to; None for any other form."""
     if not isinstance(statement, cst.SimpleStatementLine) or len(statement.body) != 1:
         return None
     assign = statement.body[0]
-    if not isinstance(assign, cst.Assign) or assign.value is not call:
+    if not isinstance(assign, cst.Assign) or assign.value is not value:
         return None
     if len(assign.targets) != 1:
         return None

@@ -17,12 +17,14 @@ class TokenAxis:
     """A dimension of a value that counts tokens.
 
     Attributes:
-        dim: the dimension, the same for every tensor in the value.
+        dim: the dimension, the same for every tensor in the value (or in the item).
         streams: whose tokens it counts, in the order in which they lie.
+        item: index into the value where its items hold different tokens, else None.
     """
 
     dim: int
     streams: tuple[str, ...]
+    item: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,14 +36,14 @@ class LoopFacts:
         lengths: for each stream that is sharded in this loop, the variable and dimension
             that hold its tokens before the loop.
         latents: the stream whose tokens follow the latents, if one stream does.
-        values: token axis of every variable read in the loop that counts sharded tokens,
-            the carried streams first.
+        values: token axes of every variable read in the loop that counts sharded tokens,
+            the carried streams first: one axis, or one for each item of a tuple.
     """
 
     blocks: str
     lengths: Mapping[str, tuple[str, int]]
     latents: str | None
-    values: Mapping[str, TokenAxis]
+    values: Mapping[str, tuple[TokenAxis, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +106,11 @@ def _transformer(data: Mapping[str, Any]) -> TransformerFacts:
                 },
                 latents=loop["latents"],
                 values={
-                    name: TokenAxis(axis["dim"], tuple(axis["streams"]))
-                    for name, axis in loop["values"].items()
+                    name: tuple(
+                        TokenAxis(axis["dim"], tuple(axis["streams"]), axis["item"])
+                        for axis in axes
+                    )
+                    for name, axes in loop["values"].items()
                 },
             )
             for loop in data["loops"]

@@ -148,6 +148,7 @@ class _LoopProbe:
         image = [n for n in self._loop.carried if n in axes and self._with_image(n, axes)]
         if not image:
             return None
+        axes |= self._fixed_streams(axes, axes[image[0]])
         origins = self._key_origins(axes)
         streams = dict.fromkeys(name for name in self._loop.carried if name in axes)
         for keys in origins.values():
@@ -169,6 +170,20 @@ class _LoopProbe:
             {f"{self._loop.blocks}.*.{path}": keys for path, keys in sharded.items()},
             self._processors(sharded),
         )
+
+    def _fixed_streams(self, axes: Mapping[str, int], dim: int) -> dict[str, int]:
+        """Carried streams of a length that never changes: they lie like the image stream.
+
+        The origins of the keys confirm it: each row must be one key, in order.
+        """
+        shapes = self._runs[0].shapes
+        return {
+            name: dim
+            for name in self._loop.carried
+            if name in self._variables()
+            and name not in axes
+            and len(shapes[name].get("", ())) > dim
+        }
 
     def _variables(self) -> list[str]:
         """Names that hold tensors in every run."""
@@ -260,27 +275,41 @@ class _LoopProbe:
 
     def _values(
         self, lengths: Mapping[str, tuple[int, ...]], order: tuple[str, ...]
-    ) -> dict[str, TokenAxis]:
+    ) -> dict[str, tuple[TokenAxis, ...]]:
         """Token axes of all variables that the loop reads."""
-        values: dict[str, TokenAxis] = {}
+        values: dict[str, tuple[TokenAxis, ...]] = {}
         for name in self._variables():
-            axes = {self._token_axis(name, path, lengths, order) for path in self._paths(name)}
-            if axes == {None}:
-                continue
-            if len(axes) > 1 or None in axes:
-                raise Refusal(
-                    f"value {name} whose tensors hold tokens in different ways",
-                    expected="one token axis",
-                    where=self._where,
-                )
-            axis = axes.pop()
-            assert axis is not None
-            values[name] = axis
+            found = {
+                path: self._token_axis(name, path, lengths, order)
+                for path in self._runs[0].shapes[name]
+            }
+            axes = self._by_item(name, found)
+            if axes:
+                values[name] = axes
         self._check_integers()
         return values
 
-    def _paths(self, name: str) -> list[str]:
-        return list(self._runs[0].shapes[name])
+    def _by_item(
+        self, name: str, found: Mapping[str, TokenAxis | None]
+    ) -> tuple[TokenAxis, ...]:
+        """One axis for the whole value where its tensors agree, else one an item."""
+        distinct = set(found.values())
+        if distinct == {None}:
+            return ()
+        if len(distinct) == 1:
+            return tuple(axis for axis in distinct if axis is not None)
+        items: dict[int, TokenAxis] = {}
+        for path, axis in found.items():
+            item, _, rest = path.partition(".")
+            if rest or not item.isdigit():
+                raise Refusal(
+                    f"value {name} whose tensors hold tokens in different ways",
+                    expected="one token axis, or a tuple of tensors",
+                    where=self._where,
+                )
+            if axis is not None:
+                items[int(item)] = TokenAxis(axis.dim, axis.streams, int(item))
+        return tuple(items.values())
 
     def _token_axis(
         self,
@@ -295,6 +324,10 @@ class _LoopProbe:
         for dim in range(min(len(shape) for shape in shapes)):
             extents = tuple(shape[dim] for shape in shapes)
             if len(set(extents)) == 1:
+                if extents in lengths.values() and name not in lengths:
+                    self._refuse_ambiguous(name, extents[0])
+                if lengths.get(name) == extents:
+                    found.append(TokenAxis(dim, (name,)))
                 continue
             streams = _sum_of(extents, lengths, order)
             if streams is not None:
@@ -309,6 +342,13 @@ class _LoopProbe:
                 where=self._where,
             )
         return found[0] if found else None
+
+    def _refuse_ambiguous(self, name: str, extent: int) -> None:
+        raise Refusal(
+            f"value {name} with {extent} rows, as many as a stream of fixed length",
+            expected="a stream whose length changes with the prompt, to tell its tokens",
+            where=self._where,
+        )
 
     def _check_integers(self) -> None:
         for name, value in self._runs[0].integers.items():

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-import types
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -27,6 +26,7 @@ from xfuser_runtime.distributed.collectives import P2PChannel
 from xfuser_runtime.distributed.layout import Segment, TokenLayout
 from xfuser_runtime.distributed.runtime_state import RuntimeState, get_runtime_state
 from xfuser_runtime.layers import wrap_attention, wrap_layer
+from xfuser_runtime.layers.base import rebind_forward
 from xfuser_runtime.transformers.outputs import (
     Template,
     first_tensor,
@@ -84,7 +84,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         )
         swap_class(module, cls)
         module.__dict__[cls._state_name] = _Wrapping(plan)
-        _rebind_forward(module, original)
+        rebind_forward(module, original)
         module._wrap_submodules()
         if plan.num_stages > 1:
             module._keep_own_blocks(plan)
@@ -275,35 +275,3 @@ class _Wrapping:
     def __deepcopy__(self, memo: dict[int, Any]) -> _Wrapping:
         return _Wrapping(self.plan)
 
-
-def _rebind_forward(module: nn.Module, original: type) -> None:
-    """Make hooks that kept upstream's bound forward call the generated one.
-
-    accelerate keeps it as `_old_forward`; diffusers' `HookRegistry` keeps it in the
-    reference of its first hook.
-
-    Raises:
-        ValueError: when the instance has a forward of its own that no known hook explains.
-    """
-    generated = types.MethodType(type(module).forward, module)
-
-    def rebound(function: Any) -> Any:
-        inner = getattr(function, "__func__", None)
-        return generated if inner is original.forward else function
-
-    known = False
-    if "_old_forward" in vars(module):
-        module._old_forward = rebound(module._old_forward)
-        known = True
-    registry = getattr(module, "_diffusers_hook", None)
-    if registry is not None:
-        for reference in registry._fn_refs:
-            reference.forward = rebound(reference.forward)
-            if getattr(reference, "original_forward", None) is not None:
-                reference.original_forward = rebound(reference.original_forward)
-        known = True
-    if "forward" in vars(module) and not known:
-        raise ValueError(
-            f"the {type(module).__name__} has a forward of its own, expected the class's; "
-            "remove the hook, wrap, and install it again"
-        )

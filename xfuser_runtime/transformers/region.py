@@ -10,7 +10,7 @@ all code around the loop sees what upstream's code sees.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,6 +61,12 @@ class BlockRegion:
         self._dry_run = dry_run
         self._iteration = 0
 
+    def __enter__(self) -> BlockRegion:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to undo: `with region:` keeps the indentation of a branch that is gone."""
+
     @property
     def whole(self) -> bool:
         """True when this rank holds every row of this pass in one piece."""
@@ -83,6 +89,20 @@ class BlockRegion:
         if isinstance(value, (tuple, list)):
             return type(value)(self.shard(v, dim, *streams) for v in value)
         return value
+
+    def shard_items(
+        self, values: Sequence[Any], axes: Mapping[int, tuple[Any, ...]]
+    ) -> tuple[Any, ...]:
+        """This rank's rows of the items of a tuple that hold different streams.
+
+        Args:
+            values: the tuple; items without an axis stay whole.
+            axes: for an item's index, (dim, stream, ...) as `shard` takes them.
+        """
+        return tuple(
+            self.shard(value, *axes[index]) if index in axes else value
+            for index, value in enumerate(values)
+        )
 
     def owns(self, block: nn.Module) -> bool:
         """True when this stage runs `block`."""

@@ -11,14 +11,14 @@ upstream's bodies count blocks and read their flags.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import libcst as cst
 
 from porter.analysis.block_loops import BlockLoop
 from porter.analysis.forward import Forward
 from porter.errors import RuleError
-from porter.parsed import ParsedModule, Statement
+from porter.parsed import ParsedModule
 from porter.rules.base import Edit, Rule
 
 
@@ -34,27 +34,37 @@ class BlockGuard(Rule[Forward]):
 
     def edits(self, module: ParsedModule, facts: Forward) -> Sequence[Edit]:
         """One guard a loop, and one removal where the whole loop has a checkpoint twin."""
-        edits = []
+        edits: list[Edit] = []
+        around: list[cst.If] = []
         for loop, _ in facts.regions:
             if loop.checkpoint is not None:
                 edits.append(self._without_checkpoint(module, loop))
             else:
-                edits.append(
-                    self.nest(
-                        module,
-                        loop.call,
-                        loop.call,
-                        header=f"if region.owns({loop.block}):",
-                        at=loop.call,
-                    )
-                )
-            if loop.around is not None:
-                raise RuleError(
-                    "a checkpoint branch around a block loop",
-                    expected="one inside the loop",
-                    where=module.where(loop.around),
-                )
+                edits.extend(self._guarded(module, loop))
+            if loop.around is not None and loop.around not in around:
+                around.append(loop.around)
+                edits.append(self._without_twin(module, loop))
         return edits
+
+    def _guarded(self, module: ParsedModule, loop: BlockLoop) -> Iterator[Edit]:
+        yield self.nest(
+            module,
+            loop.call,
+            loop.call,
+            header=f"if region.owns({loop.block}):",
+            at=loop.call,
+        )
+        if loop.choice is not None:
+            call = module.source(loop.choice.orelse)
+            yield self.replace(module, loop.choice, call, at=loop.call)
+
+    def _without_twin(self, module: ParsedModule, loop: BlockLoop) -> Edit:
+        """`if <checkpoint>: <twin loop> else:` becomes `with region:`, which changes nothing
+        but keeps the indentation, and with it the lines, of the loop that runs."""
+        assert loop.around is not None
+        return self._header_of_other_branch(
+            module, loop.around, "with region:", loop.call
+        )
 
     def _without_checkpoint(self, module: ParsedModule, loop: BlockLoop) -> Edit:
         """`if <checkpoint>: ... else:` becomes the guard; the else branch stays as it is."""
@@ -64,7 +74,14 @@ class BlockGuard(Rule[Forward]):
         branch = test.orelse
         if isinstance(branch, cst.If) and branch.orelse is None:
             guard += f" and {module.source(branch.test)}"
-        elif not isinstance(branch, cst.Else):
+        return self._header_of_other_branch(module, test, f"if {guard}:", loop.call)
+
+    def _header_of_other_branch(
+        self, module: ParsedModule, test: cst.If, header: str, at: cst.CSTNode
+    ) -> Edit:
+        """Everything from `if` to the line before the other branch's body is `header`."""
+        branch = test.orelse
+        if branch is None or (isinstance(branch, cst.If) and branch.orelse is not None):
             raise RuleError(
                 "a checkpoint test with no plain other branch",
                 expected="else or elif with the block call",
@@ -72,11 +89,6 @@ class BlockGuard(Rule[Forward]):
             )
         first = branch.body.body[0]
         assert isinstance(first, cst.SimpleStatementLine | cst.BaseCompoundStatement)
-        end = module.line_start(_first_text_line(module, first)) - 1
         start = module.span(test)[0]
-        return self._edit(module, start, end, f"if {guard}:", loop.call)
-
-
-def _first_text_line(module: ParsedModule, statement: Statement) -> int:
-    """The line where a statement or its comments begin."""
-    return module.first_line(statement)
+        end = module.line_start(module.first_line(first)) - 1
+        return self._edit(module, start, end, header, at)

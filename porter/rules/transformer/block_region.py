@@ -36,26 +36,35 @@ class BlockRegion(Rule[Forward]):
 
     def edits(self, module: ParsedModule, facts: Forward) -> Sequence[Edit]:
         """The edits of all loops."""
-        return [
-            edit
-            for loop, measured in facts.regions
-            for edit in self._loop_edits(module, loop, measured)
-        ]
+        edits: list[Edit] = []
+        entered: list[cst.If] = []
+        for loop, measured in facts.regions:
+            outer: Statement = loop.node
+            if loop.around is not None and loop.around not in entered:
+                entered.append(loop.around)
+                outer = loop.around
+            edits.extend(self._loop_edits(module, loop, measured, outer))
+        return edits
 
     def _loop_edits(
-        self, module: ParsedModule, loop: BlockLoop, facts: LoopFacts
+        self,
+        module: ParsedModule,
+        loop: BlockLoop,
+        facts: LoopFacts,
+        outer: Statement,
     ) -> Iterator[Edit]:
+        """The edits of one loop; `outer` is the statement that its start stands before."""
         carried = [name for name in loop.carried if name in facts.values]
         before = [_begin(facts)]
-        for name, axis in facts.values.items():
+        for name, axes in facts.values.items():
             target = name if name in carried else _local(name)
-            before.append(f"{target} = region.shard({name}, {_axis(axis)})")
+            before.append(f"{target} = {_shard(name, axes)}")
         after = [
-            f"{name} = region.gather({name}, {_axis(facts.values[name])})"
+            f"{name} = region.gather({name}, {_axis(facts.values[name][0])})"
             for name in carried
         ]
         at = loop.node
-        yield self.insert_before(module, loop.node, "\n".join(before), at=at)
+        yield self.insert_before(module, outer, "\n".join(before), at=at)
         yield self.insert_after(module, loop.node, "\n".join(after), at=at)
         names = ", ".join(carried)
         yield self.insert_before(
@@ -72,6 +81,14 @@ def _begin(facts: LoopFacts) -> str:
     )
     latents = f", latents={facts.latents!r}" if facts.latents else ""
     return f'region = self._begin_region("{facts.blocks}", {{{streams}}}{latents})'
+
+
+def _shard(name: str, axes: tuple[TokenAxis, ...]) -> str:
+    """The rows of a value; of a tuple's items one by one where they hold other tokens."""
+    if axes[0].item is None:
+        return f"region.shard({name}, {_axis(axes[0])})"
+    items = ", ".join(f"{axis.item}: ({_axis(axis)})" for axis in axes)
+    return f"region.shard_items({name}, {{{items}}})"
 
 
 def _axis(axis: TokenAxis) -> str:

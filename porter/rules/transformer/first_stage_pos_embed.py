@@ -26,7 +26,9 @@ class FirstStagePosEmbed(Rule[Forward]):
 
     manual = "2.2"
     summary = "only the first stage turns latents into tokens"
-    imports = (("xfuser_runtime.distributed.parallel_state", "is_pipeline_first_stage"),)
+    imports = (
+        ("xfuser_runtime.distributed.parallel_state", "is_pipeline_first_stage"),
+    )
     expect = (0, 1)
 
     def edits(self, module: ParsedModule, facts: Forward) -> Sequence[Edit]:
