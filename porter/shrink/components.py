@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import importlib
 import inspect
 import sys
 from collections.abc import Mapping
@@ -42,7 +43,9 @@ class Components:
         parameters = inspect.signature(self.pipeline_class.__init__).parameters
         # Tokenizers first: encoders take the vocabulary from them.
         for name in sorted(self.hints, key=lambda name: not _is_tokenizer(name)):
-            if name in table.LEFT_OUT:
+            if name in table.LEFT_OUT or (
+                name in table.LEFT_OUT_IF_OPTIONAL and name not in self.changes
+            ):
                 self.built[name] = None
             elif self._is_component(name):
                 self.built[name] = self.make(name)
@@ -63,7 +66,7 @@ class Components:
         from diffusers import ModelMixin, SchedulerMixin
 
         changes = dict(self.changes.get(name, {}))
-        cls = changes.pop("class", self.hints[name])
+        cls = _resolved(changes.pop("class", self.hints[name]))
         if _is_tokenizer(name):
             return make_tokenizer(tokenizer_for(cls, self._encoder_hint(name)))
         if issubclass(cls, enum.Enum | SchedulerMixin):
@@ -77,9 +80,14 @@ class Components:
             expected="a model, a scheduler or a tokenizer",
         )
 
+    def alike(self, name: str) -> list[str]:
+        """The components hinted by the same class, ``name`` among them."""
+        return [n for n, hint in self.hints.items() if hint is self.hints[name]]
+
     def _is_component(self, name: str) -> bool:
         """Whether a parameter is a component to make, and not a number or a flag."""
-        if name in self.pipeline_class._optional_components and not _is_text(name):
+        optional = self.pipeline_class._optional_components
+        if name in optional and not _is_text(name) and name not in self.changes:
             return False
         hint = self.hints[name]
         return isinstance(hint, type) and hint not in (bool, int, float, str)
@@ -144,7 +152,15 @@ class Components:
         suffix = name.rpartition("tokenizer")[2]
         hint = self.hints.get(f"text_encoder{suffix}") or self.hints.get("text_encoder")
         entries = self.changes.get(f"text_encoder{suffix}", {})
-        return entries.get("class", hint)
+        return _resolved(entries.get("class", hint))
+
+
+def _resolved(cls: Any) -> Any:
+    """A class, from itself or from ``package:Name``."""
+    if not isinstance(cls, str):
+        return cls
+    module, _, name = cls.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _is_tokenizer(name: str) -> bool:

@@ -20,6 +20,10 @@ ATTEMPTS = 8
 """More mismatched parameters than any backbone has."""
 
 
+DEEP = 40
+"""Layers of a text encoder whose pipeline asks for more than a few."""
+
+
 class _Mismatch(Exception):
     """A layer got another input width than it was built for."""
 
@@ -29,25 +33,36 @@ class _Mismatch(Exception):
 
 
 def fit_widths(pipeline: Any, components: Components) -> None:
-    """Rebuild ``pipeline.transformer`` until one step passes its input layers.
+    """Rebuild ``pipeline.transformer`` until a short run passes its input layers.
 
-    Other failures of that step are left to whoever calls the pipeline: they are not
-    about widths, and the folder may still serve another kind of call.
+    A pipeline that reads a text encoder's layers by number and finds too few gets a
+    deeper encoder.  Other failures of the run are left to whoever calls the pipeline:
+    the folder may still serve another kind of call.
     """
     if getattr(pipeline, "transformer", None) is None:
         return
     for _ in range(ATTEMPTS):
-        mismatch = _first_mismatch(pipeline)
-        if mismatch is None:
+        failure = _first_failure(pipeline)
+        if isinstance(failure, IndexError) and "text_encoder" not in components.changes:
+            _change(pipeline, components, "text_encoder", {"layers": DEEP})
+            continue
+        if not isinstance(failure, _Mismatch):
             return
-        change = _parameter_for(pipeline.transformer, mismatch)
+        change = _parameter_for(pipeline.transformer, failure)
         if change is None:
             return
-        components.changes.setdefault("transformer", {}).update(change)
-        pipeline.transformer = components.make("transformer")
+        for name in components.alike("transformer"):
+            _change(pipeline, components, name, change)
 
 
-def _first_mismatch(pipeline: Any) -> _Mismatch | None:
+def _change(
+    pipeline: Any, components: Components, name: str, entries: dict[str, Any]
+) -> None:
+    components.changes.setdefault(name, {}).update(entries)
+    pipeline.register_modules(**{name: components.make(name)})
+
+
+def _first_failure(pipeline: Any) -> Exception | None:
     handles = [
         module.register_forward_pre_hook(_watch(name))
         for name, module in pipeline.transformer.named_modules()
@@ -57,10 +72,8 @@ def _first_mismatch(pipeline: Any) -> _Mismatch | None:
     pipeline.set_progress_bar_config(disable=True)
     try:
         pipeline(**call_kwargs(pipeline, num_inference_steps=2))
-    except _Mismatch as mismatch:
-        return mismatch
-    except Exception:  # noqa: BLE001  not about widths: see fit_widths
-        return None
+    except Exception as failure:  # sorted by kind in fit_widths
+        return failure
     finally:
         for handle in handles:
             handle.remove()

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from . import table
+
 TOKEN_ROWS = ((8, 8), (6, 10), (7, 9))
 """Token rows and columns of the picture sizes: even, wide, odd."""
 
@@ -34,6 +36,11 @@ _GUIDANCE_NAMES = ("true_cfg_scale", "guidance_scale")
 
 def image_sizes(pipeline: Any) -> tuple[tuple[int, int], ...]:
     """Three small legal (height, width) in pixels; token rows as in TOKEN_ROWS."""
+    fixed = getattr(pipeline, "resolutions", None)
+    if fixed:
+        # Pipelines that know a list of (width, height) take no other.
+        smallest = sorted(fixed, key=lambda size: size[0] * size[1])[:3]
+        return tuple((height, width) for width, height in smallest)
     cell = _cell(pipeline)
     return tuple((rows * cell, columns * cell) for rows, columns in TOKEN_ROWS)
 
@@ -75,7 +82,8 @@ def call_kwargs(
         "generator": torch.Generator("cpu").manual_seed(seed),
         "output_type": output_type,
         "max_sequence_length": SEQUENCE_LENGTHS[text],
-        "use_resolution_binning": False,
+        "class_labels": list(range(batch_size)),
+        **table.CALLS,
         **_guidance(names, batch_size, guidance),
     }
     return {name: value for name, value in wanted.items() if name in names}
@@ -92,10 +100,25 @@ def _guidance(names: Any, batch_size: int, guidance: bool) -> dict[str, Any]:
 
 
 def _cell(pipeline: Any) -> int:
-    """Pixels along one side of a token."""
+    """Pixels along one side of a token: the VAE's compression times the patch."""
     config = pipeline.transformer.config
-    patch = config.get("patch_size") or 1
+    patch = config.get("patch_size") or config.get("all_patch_size") or 1
     patch = patch[-1] if isinstance(patch, list | tuple) else patch
-    if hasattr(pipeline, "_pack_latents"):
+    if any(hasattr(pipeline, f"_{verb}_latents") for verb in ("pack", "patchify")):
         patch = max(patch, 2)
-    return int(getattr(pipeline, "vae_scale_factor", 8)) * int(patch)
+    return _compression(pipeline) * int(patch)
+
+
+def _compression(pipeline: Any) -> int:
+    """Pixels along one side of a latent."""
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        return 1
+    config = vae.config
+    for name in ("spatial_compression_ratio", "scale_factor_spatial"):
+        if config.get(name):
+            return int(config[name])
+    for name in ("block_out_channels", "encoder_block_out_channels", "dim_mult"):
+        if config.get(name):
+            return int(2 ** (len(config[name]) - 1))
+    return int(pipeline.vae_scale_factor)

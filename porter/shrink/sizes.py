@@ -35,6 +35,9 @@ LATER_BLOCKS = 2
 VAE_CHANNELS = 8
 """Channels of every VAE level."""
 
+_REQUIRED = {"patch_size": 2, "in_channels": 4}
+"""Parameters whose default None stands for a number that must be given."""
+
 _HEADS = re.compile(r"^(text_)?(num_|n_)(cross_)?(attention_)?heads$")
 _KV_HEADS = re.compile(r"^(text_)?(num_|n_)(key_value|kv)_heads$")
 _HEAD_DIM = re.compile(r"^attention_head_dim$")
@@ -79,8 +82,8 @@ def backbone_config(cls: type) -> dict[str, Any]:
         if small is not None:
             config[name] = small
     for name, value in given.items():
-        if _AXES.search(name) and isinstance(value, Sequence):
-            config[name] = type(value)(_axes(value))
+        if _AXES.search(name):
+            config[name] = _axes(value or (1, 1))
     return {name: value for name, value in config.items() if value != given[name]}
 
 
@@ -132,14 +135,16 @@ def _small(name: str, value: Any, heads: int | None, inner: int | None) -> Any:
         return None
     if _HEADS.match(name):
         return HEADS
-    if _KV_HEADS.match(name) and value:
-        return HEADS if heads is None or value >= heads else HEADS // 2
+    if _KV_HEADS.match(name):
+        # None means as many as query heads; groups keep being groups.
+        grouped = value is not None and heads is not None and value < heads
+        return HEADS // 2 if grouped else HEADS
     if _HEAD_DIM.match(name) or name == "cross_attention_head_dim":
         return HEAD_DIM
     if _TEXT.search(name) and "projection" not in name:
         return HEADS * HEAD_DIM if value == inner else TEXT_DIM
     if value is None:
-        return None
+        return _REQUIRED.get(name)
     if value == inner or name in ("hidden_size", "dim", "model_dim"):
         return HEADS * HEAD_DIM
     if _MLP.search(name):
@@ -149,8 +154,13 @@ def _small(name: str, value: Any, heads: int | None, inner: int | None) -> Any:
     return None
 
 
-def _axes(upstream: Sequence[int]) -> list[int]:
-    """Even widths of the rotary axes, in upstream's proportion, that fill a head."""
+def _axes(upstream: Sequence[int]) -> Sequence[int]:
+    """Even widths of the rotary axes, in upstream's proportion, that fill a head.
+
+    Axes that are longer than any head count positions, not channels: they stay.
+    """
+    if min(upstream) > 128:
+        return upstream
     axes = [HEAD_DIM * axis // sum(upstream) // 2 * 2 for axis in upstream]
     axes[0] += HEAD_DIM - sum(axes)
     return axes

@@ -1,7 +1,8 @@
 """What cannot be derived from a class, each entry with its reason.
 
-Keys are names of pipeline classes; values are configuration entries per component.  A
-component's entry ``class`` names the class to build instead of the hint.
+Components' entries: pipeline class -> component -> configuration entries.  The entry
+``class`` (``package:Name``) names what to build where the hint is abstract or None; in
+a text encoder, ``layers`` is its depth.
 """
 
 from __future__ import annotations
@@ -9,14 +10,82 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-LEFT_OUT = frozenset({"safety_checker", "feature_extractor", "image_encoder"})
-"""Components that text to image runs do without: they judge or condition on pictures."""
+LEFT_OUT = frozenset({"feature_extractor", "image_encoder", "prompt_enhancer_head"})
+"""Components that text to image runs do without: they condition on pictures, or rewrite
+the prompt."""
+
+LEFT_OUT_IF_OPTIONAL = frozenset({"safety_checker"})
+"""Left out unless the class refuses to run without one."""
+
+_NO_MICRO_CONDITIONS = {"transformer": {"use_additional_conditions": False}}
 
 _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
-    # Shares its backbone class, whose default sample size switches micro-conditions on,
-    # with a pipeline that passes them; this one passes None.
-    "PixArtSigmaPipeline": {"transformer": {"use_additional_conditions": False}},
+    # Share their backbone class, whose default sample size switches micro-conditions on,
+    # with a pipeline that passes them; these two pass None.
+    "PixArtSigmaPipeline": _NO_MICRO_CONDITIONS,
+    "PixArtSigmaPAGPipeline": _NO_MICRO_CONDITIONS,
+    # The VAE class has no defaults at all: the released compression with one channel
+    # group a level, latents as wide as the backbone's default.
+    "HunyuanImagePipeline": {
+        "vae": {
+            "in_channels": 3,
+            "out_channels": 3,
+            "latent_channels": 64,
+            "block_out_channels": (64, 64, 64, 64, 64, 64),
+            "layers_per_block": 1,
+            "spatial_compression_ratio": 32,
+            "sample_size": 64,
+        },
+        # None by default: the glyph encoder's stream, which the pipeline always feeds.
+        "transformer": {"text_embed_2_dim": 32},
+    },
+    # A solver for noise prediction by default, on a model that predicts the flow.
+    "SanaPipeline": {
+        "scheduler": {
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+        }
+    },
+    # Declares a solver whose `step` the body does not call in the right way; the class
+    # in released checkpoints is this one.
+    "SanaSprintPipeline": {
+        "scheduler": {"class": "diffusers:SCMScheduler"},
+        # The body always passes a guidance scale.
+        "transformer": {"guidance_embeds": True},
+    },
+    # None by default: widths of the two long texts, and which decoder layer feeds which
+    # block (one of the decoder's two, in turn).
+    "HiDreamImagePipeline": {
+        "transformer": {
+            "caption_channels": [32, 32],
+            "llama_layers": [0, 1, 0, 1, 1, 0],
+        }
+    },
+    # None by default: stretching factors, one for each pair of a head's width.
+    "OmniGenPipeline": {
+        "transformer": {
+            "rope_scaling": {"short_factor": [1.0] * 12, "long_factor": [1.0] * 12},
+        }
+    },
+    # Hinted by the abstract base; the body reads `language_model` of this one.
+    "Ideogram4Pipeline": {"text_encoder": {"class": "transformers:Qwen3VLModel"}},
+    # Builds a guard model from a package of its own unless it is given one.
+    "Cosmos2TextToImagePipeline": {
+        "safety_checker": {"class": "porter.shrink.stand_ins:NoSafetyChecker"}
+    },
 }
+
+CALLS: dict[str, Any] = {
+    # Rewrites the prompt with hundreds of generated tokens first.
+    "enable_prompt_rewrite": False,
+    # A default that is legal for two steps alone.
+    "intermediate_timesteps": None,
+    # A default made for one number of steps; a constant scale is passed instead.
+    "guidance_schedule": None,
+    # Maps the size to a bucket of its own list, far larger than a test's.
+    "use_resolution_binning": False,
+}
+"""Arguments of ``__call__`` whose defaults do not fit a small run, by name."""
 
 
 def for_pipeline(pipeline_class: type) -> Mapping[str, Mapping[str, Any]]:
