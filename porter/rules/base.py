@@ -86,6 +86,7 @@ class Edit:
         at: line of the construct that matched.
         nest: the lines of start..end move one level to the right.
         footer: for a nest, what follows the range, indented like the header.
+        outside: an insertion that stays outside a nest which begins or ends there.
     """
 
     start: int
@@ -96,6 +97,7 @@ class Edit:
     at: int
     nest: bool = False
     footer: str = ""
+    outside: bool = False
 
 
 class Rule(ABC, Generic[Facts]):

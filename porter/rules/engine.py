@@ -141,15 +141,15 @@ def _check_count(
 
 
 def _order(edit: Edit) -> tuple[int, int, int]:
-    # A nest opens before whatever else starts at the same place.
-    return edit.start, 0 if edit.nest else 1, edit.end
+    # A nest opens before whatever starts at the same place and does not stand outside it.
+    return edit.start, 0 if edit.outside else 1 if edit.nest else 2, edit.end
 
 
 def _check_overlap(module: ParsedModule, ordered: Sequence[Edit]) -> None:
     last: Edit | None = None
     nests: list[Edit] = []
     for edit in ordered:
-        while nests and nests[-1].end < edit.start:
+        while nests and nests[-1].end < edit.start + edit.outside:
             nests.pop()
         clash = last if last is not None and edit.start < last.end else None
         if nests and edit.end > nests[-1].end:
@@ -243,7 +243,7 @@ def _apply(module: ParsedModule, edits: Sequence[Edit], start: int, end: int) ->
             out.append(_deepened(footer, len(nests)))
 
     for edit in edits:
-        close(edit.start)
+        close(edit.start + 1 if edit.outside else edit.start)
         copy_to(edit.start)
         if edit.nest:
             out.append(_deepened(edit.text, len(nests), first=True))

@@ -14,6 +14,7 @@ read the whole of it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import libcst as cst
 
@@ -64,12 +65,14 @@ class BlockRegion(Rule[Forward]):
             for name in carried
         ]
         at = loop.node
-        yield self.insert_before(module, outer, "\n".join(before), at=at)
-        yield self.insert_after(module, loop.node, "\n".join(after), at=at)
         names = ", ".join(carried)
-        yield self.insert_before(
-            module, _first(loop.node), f"{names} = region.hand_over({names})", at=at
-        )
+        hand_over = f"{names} = region.hand_over({names})"
+        for edit in (
+            self.insert_before(module, outer, "\n".join(before), at=at),
+            self.insert_before(module, _first(loop.node), hand_over, at=at),
+            self.insert_after(module, loop.node, "\n".join(after), at=at),
+        ):
+            yield replace(edit, outside=True)
         for node in _reads(loop, set(facts.values) - set(carried)):
             yield self.replace(module, node, _local(node.value), at=at)
 
