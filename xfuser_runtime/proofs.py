@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -29,30 +29,42 @@ class Proofs:
         port: name of the pipeline, as given to porter.
         modes: proven kinds and pairs, for example `cfg` or `cfg x ulysses`.
         stale: why the lock's proofs do not hold here; empty where they do.
+        refused: kind to the reason why the port lacks it.
     """
 
     port: str
     modes: frozenset[str]
     stale: str = ""
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     def check_proven(self, engine_config: EngineConfig) -> None:
-        """Refuse a configuration with a mode that is not proven.
+        """Refuse a configuration with a mode that the port lacks or that is not proven.
 
         Raises:
-            NotSupportedError: a mode is unproven; `allow_unproven` makes it a warning.
+            NotSupportedError: a mode is lacking; or unproven, and `allow_unproven` does not
+                make that a warning.
         """
+        for kind in used_kinds(engine_config):
+            if kind in self.refused:
+                raise NotSupportedError(
+                    f"{self.port}: mode `{kind}` was refused by porter "
+                    f"({self.refused[kind]}), expected one of the proven modes: "
+                    f"{self._proven()}"
+                )
         missing = [mode for mode in needed_proofs(engine_config) if not self._has(mode)]
         if not missing:
             return
-        proven = ", ".join(sorted(self.modes)) or "none" if not self.stale else "none"
         text = (
             f"{self.port}: {_plural('mode', missing)} not proven"
             f"{f' ({self.stale})' if self.stale else ''}, expected one of the proven "
-            f"modes: {proven}; run `porter verify {self.port}` or pass --allow_unproven"
+            f"modes: {self._proven()}; run `porter verify {self.port}` or pass --allow_unproven"
         )
         if not engine_config.runtime_config.allow_unproven:
             raise NotSupportedError(text)
         warnings.warn(text, stacklevel=2)
+
+    def _proven(self) -> str:
+        return ", ".join(sorted(filter(self._has, self.modes))) or "none"
 
     def _has(self, mode: str) -> bool:
         return not self.stale and mode in self.modes

@@ -80,6 +80,14 @@ def test_a_stale_proof_is_none_and_says_why() -> None:
         proofs.check_proven(engine_config(use_cfg_parallel=True))
 
 
+def test_a_mode_that_the_port_lacks_is_refused_whatever_is_allowed() -> None:
+    proofs = Proofs("P", PROVEN, refused={"pipefusion": "pipeline_p.py:12: a momentum"})
+    config = engine_config(pipefusion_parallel_degree=2, allow_unproven=True)
+    with pytest.raises(NotSupportedError, match="`pipefusion` was refused .*py:12"):
+        proofs.check_proven(config)
+    proofs.check_proven(engine_config(ulysses_degree=2))
+
+
 def test_allow_unproven_warns_on_every_run() -> None:
     config = engine_config(ring_degree=2, allow_unproven=True)
     for _ in range(2):

@@ -1,0 +1,152 @@
+"""One run of a pipeline: device, loading, the timed call, and the pictures."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import diffusers
+import torch
+import transformers
+
+from xfuser_runtime.config import EngineConfig
+from xfuser_runtime.distributed import (
+    destroy_distributed_environment,
+    destroy_model_parallel,
+    destroy_runtime_state,
+    get_data_parallel_rank,
+    get_world_group,
+)
+from xfuser_runtime.distributed.collectives import all_reduce_max
+from xfuser_runtime.distributed.launch import fail_together, prepare_environment
+from xfuser_runtime.images import image_difference, save_output
+
+
+@dataclass
+class Session:
+    """A loaded pipeline on this rank.
+
+    Attributes:
+        pipeline: stock or wrapped, on its device.
+        rank: in the world.
+        load_seconds, run_seconds: of loading, and of the last call.
+    """
+
+    pipeline: Any
+    device: torch.device
+    rank: int
+    load_seconds: float
+    run_seconds: float = 0.0
+
+    def call(self, arguments: dict[str, Any]) -> Any:
+        """The pipeline's output, None on ranks that have none; timed."""
+        start = self._now()
+        output = self.pipeline(**arguments)
+        self.run_seconds = self._now() - start
+        return output
+
+    def peak_bytes(self) -> int:
+        """The largest peak memory of all ranks; every rank must call it."""
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        value = torch.tensor(peak, dtype=torch.int64, device=self.device)
+        return int(all_reduce_max(value, get_world_group()))
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+@contextlib.contextmanager
+def open_session(
+    cls: Any,
+    folder: Path,
+    engine_config: EngineConfig,
+    *,
+    stock: bool,
+    dtype: str | None,
+    tracebacks: bool = False,
+) -> Iterator[Session]:
+    """Load `cls` from `folder` on this rank's device; a rank that fails ends all ranks.
+
+    Args:
+        cls: a generated class, or an upstream class if `stock`.
+        dtype: name of the weights' dtype; None is float32 on CPU, bfloat16 on CUDA.
+        tracebacks: show the traceback of every error on the rank that raised it.
+    """
+    with (
+        fail_together(),
+        _shown_tracebacks() if tracebacks else contextlib.nullcontext(),
+    ):
+        prepare_environment(engine_config)
+        yield _load(cls, folder, engine_config, stock=stock, dtype=dtype)
+    destroy_runtime_state()
+    destroy_model_parallel()
+    destroy_distributed_environment()
+
+
+@contextlib.contextmanager
+def _shown_tracebacks() -> Iterator[None]:
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        raise
+
+
+def _load(
+    cls: Any,
+    folder: Path,
+    engine_config: EngineConfig,
+    *,
+    stock: bool,
+    dtype: str | None,
+) -> Session:
+    rank = get_world_group().rank_in_group
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    default = "bfloat16" if device.type == "cuda" else "float32"
+    options = {_dtype_keyword(): getattr(torch, dtype or default)}
+    if rank:
+        # One rank shows progress; the bars of all would overwrite each other.
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+    start = time.perf_counter()
+    if stock:
+        pipeline = cls.from_pretrained(folder, **options)
+    else:
+        pipeline = cls.from_pretrained(folder, engine_config, **options)
+    pipeline.to(device)
+    pipeline.set_progress_bar_config(disable=rank != 0)
+    return Session(pipeline, device, rank, time.perf_counter() - start)
+
+
+def _dtype_keyword() -> str:
+    """The name that this diffusers' `from_pretrained` takes without a deprecation."""
+    major, minor = diffusers.__version__.split(".")[:2]
+    return "dtype" if (int(major), int(minor)) >= (0, 42) else "torch_dtype"
+
+
+def save(
+    output: Any, path: Path, reference: Path | None, stream: TextIO = sys.stdout
+) -> None:
+    """Write the pictures and tell `stream`; with `reference`, how far the first is from it."""
+    replica = get_data_parallel_rank()
+    files = save_output(output, path, replica=replica)
+    for file in files:
+        print(f"saved {file}", file=stream, flush=True)
+    if reference is not None and replica == 0:
+        mean, largest = image_difference(files[0], reference)
+        text = f"mean {mean:.4f}, largest {largest} of 255 levels"
+        print(f"difference from {reference}: {text}", file=stream, flush=True)
