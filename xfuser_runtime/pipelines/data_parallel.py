@@ -88,21 +88,30 @@ def enable_data_parallel(function: F) -> F:
 
 
 def count_prompts(arguments: dict[str, Any]) -> int | None:
-    """Prompts in the arguments of a call; None where neither prompts nor embeddings are given."""
-    names = [n for n in arguments if n == "prompt" or n.endswith("_prompt")]
-    names += [n for n in arguments if n.startswith(("prompt_embeds", "class_labels"))]
-    # Sorted by what is surest: `prompt` itself, other prompts, embeddings.
-    for name in sorted(names, key=lambda n: (n != "prompt", "embeds" in n)):
-        value = arguments[name]
-        if name.startswith("negative") or value is None:
-            continue
-        if isinstance(value, str):
-            return 1
-        if isinstance(value, (list, tuple)):
-            return len(value)
-        if isinstance(value, torch.Tensor):
-            return int(value.shape[0])
-    return None
+    """Prompts in the arguments of a call; None where neither prompts nor embeddings are given.
+
+    Raises:
+        InputError: several embeddings have different numbers of rows.
+    """
+    prompt = arguments.get("prompt")
+    if prompt is not None:
+        return 1 if isinstance(prompt, str) else len(prompt)
+    rows = {
+        name: len(value)
+        for name, value in arguments.items()
+        if value is not None and re.match(r"prompt_embeds|class_labels", name)
+        if isinstance(value, (torch.Tensor, list, tuple))
+    }
+    if len(set(rows.values())) > 1:
+        raise InputError(
+            f"embeddings with different numbers of rows ({rows}), expected one row a prompt in each;"
+            " set data_parallel_degree=1"
+        )
+    if rows:
+        return next(iter(rows.values()))
+    named = [n for n in arguments if re.fullmatch(r"(task|content)_prompt", n)]
+    texts = [arguments[name] for name in named if arguments[name] is not None]
+    return (1 if isinstance(texts[0], str) else len(texts[0])) if texts else None
 
 
 @dataclass(frozen=True)
@@ -136,12 +145,14 @@ class Share:
             return self._take_entries(name, value, (self.batch * self.images,))
         if isinstance(first, (str, list, tuple)) and "prompt" in name:
             # A list that no single string may stand for is one text in parts, shared by all.
-            if "prompt" != name and not re.search(r"\bstr\b(?!\])", type_text):
+            if name != "prompt" and not _takes_one("str", type_text):
                 return value
             return self._take_entries(name, value, (self.batch, 1))
         if isinstance(first, (int, float)):
             return self._take_numbers(name, type_text, value)
-        if isinstance(first, (torch.Tensor, np.ndarray)) and _TEXT.search(name):
+        if isinstance(first, (torch.Tensor, np.ndarray)) and (
+            _TEXT.search(name) or _LATENT.search(name)
+        ):
             if "ip_adapter" in name:
                 return self._refuse_batched(name, value)
             return self._take_entries(name, value, (self.batch, *self._pictures))
@@ -182,7 +193,7 @@ class Share:
 
     def _take_numbers(self, name: str, type_text: str, value: Any) -> Any:
         if len(value) != self.batch or not (
-            name in _NUMBERS or re.search(r"\b(int|float)\b(?!\])", type_text)
+            name in _NUMBERS or _takes_one("int|float", type_text)
         ):
             return value
         if name in _NUMBERS:
@@ -249,8 +260,12 @@ def _pictures_are_shared(whole: dict[str, Any], own: dict[str, Any]) -> bool:
 
 def _type_text(parameter: inspect.Parameter) -> str:
     annotation = parameter.annotation
-    return (
-        annotation
-        if isinstance(annotation, str)
-        else inspect.formatannotation(annotation)
-    )
+    if isinstance(annotation, str) or annotation is parameter.empty:
+        return annotation if isinstance(annotation, str) else ""
+    return inspect.formatannotation(annotation)
+
+
+def _takes_one(names: str, type_text: str) -> bool:
+    """True where a parameter takes one value beside a list of them, or does not say."""
+    outside_lists = re.sub(r"\b[Ll]ist\[[^\[\]]*\]", "", type_text)
+    return not type_text or bool(re.search(rf"\b({names})\b", outside_lists))
