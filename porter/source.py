@@ -9,7 +9,7 @@ import ast
 import difflib
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -140,6 +140,7 @@ def class_node(upstream: Upstream) -> ast.ClassDef:
     raise PorterError(f"no class {upstream.class_name}", where=upstream.module.file)
 
 
+@cache
 def symbol(module_name: str, name: str) -> tuple[str, str] | None:
     """Where a module-level name is really defined, and the text that defines it.
 
@@ -151,10 +152,10 @@ def symbol(module_name: str, name: str) -> tuple[str, str] | None:
     for _ in range(8):
         path = _module_path(module_name)
         origin = None
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in _bound_in(_top_level(path)):
             if _defines(node, name):
-                text = ast.get_source_segment(path.read_text(encoding="utf-8"), node)
-                return f"{module_name}.{name}", text or ""
+                text = path.read_text(encoding="utf-8")
+                return f"{module_name}.{name}", ast.get_source_segment(text, node) or ""
             if isinstance(node, ast.ImportFrom):
                 origin = _origin(node, module_name, path, name) or origin
         if origin is None:
@@ -163,9 +164,18 @@ def symbol(module_name: str, name: str) -> tuple[str, str] | None:
     return None
 
 
+def _bound_in(body: Sequence[ast.stmt]) -> Iterator[ast.stmt]:
+    """Statements that run at module level, those in branches included."""
+    for statement in body:
+        yield statement
+        for field in ("body", "orelse", "handlers", "finalbody"):
+            if not isinstance(statement, ast.FunctionDef | ast.ClassDef):
+                yield from _bound_in(getattr(statement, field, []))
+
+
 def _defines(node: ast.AST, name: str) -> bool:
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
-        return node.name == name and node.col_offset == 0
+        return node.name == name
     if isinstance(node, ast.Assign):
         return any(isinstance(t, ast.Name) and t.id == name for t in node.targets)
     return False

@@ -1,0 +1,192 @@
+"""A run over several ports: what to write, what the lock says, what has drifted."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from porter.errors import PorterError, Refusal
+from porter.lock import LOCK_NAME, Lock, read_lock, stale_reason
+from porter.names import wrapper_name
+from porter.port import (
+    Port,
+    lock_entry,
+    make_port,
+    port_again,
+    render_ports,
+    upstream_symbols,
+)
+from porter.source import sha256
+from porter.write import check_not_edited, write_all
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would write.
+
+    Attributes:
+        ports: the ports that were asked for, by name.
+        failed: names that could not be ported, with the reason.
+        outputs: text of each file that these ports have a part in, by path.
+        lock: the lock afterwards.
+        known: sha256 of what porter wrote last, by path.
+    """
+
+    ports: Mapping[str, Port]
+    failed: Mapping[str, PorterError]
+    outputs: Mapping[str, str]
+    lock: Lock
+    known: Mapping[str, str]
+
+    def write(self, folder: Path) -> list[str]:
+        """Writes the files and the lock; the paths that changed.
+
+        Raises:
+            DriftError: a file was edited by hand; nothing is written.
+        """
+        check_not_edited(folder, self.outputs, self.known)
+        return write_all(folder, {**self.outputs, LOCK_NAME: self.lock.text()})
+
+    def would_change(self, folder: Path) -> list[str]:
+        """The paths that `write` would change."""
+        texts = {**self.outputs, LOCK_NAME: self.lock.text()}
+        return [
+            path
+            for path, text in sorted(texts.items())
+            if not (folder / path).is_file()
+            or (folder / path).read_text(encoding="utf-8") != text
+        ]
+
+
+def plan(
+    names: Sequence[str],
+    folder: Path,
+    *,
+    override: Path | None = None,
+    keep_going: bool = False,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Plan:
+    """Ports pipelines together with the ports in the lock that share files with them.
+
+    Args:
+        names: classes, in any order: the result does not depend on it.
+        folder: the output folder.
+        override: a file with a subclass of the one generated class.
+        keep_going: collect refusals instead of raising the first one.
+        progress: called with each name before its port starts.
+
+    Raises:
+        PorterError: a class cannot be ported, or the lock is no lock.
+    """
+    lock = read_lock(folder)
+    ports: dict[str, Port] = {}
+    failed: dict[str, PorterError] = {}
+    for name in sorted(set(names)):
+        progress(name)
+        try:
+            port = make_port(name)
+            render_ports([port])
+        except PorterError as error:
+            if not keep_going:
+                raise
+            failed[name] = error
+        else:
+            ports[port.name] = port
+    together = {**_sharing(lock, ports), **ports}
+    touched = {path for port in ports.values() for path in port.paths()}
+    outputs = {
+        path: text
+        for path, text in render_ports(together.values()).items()
+        if path in touched
+    }
+    known = lock.known_outputs()
+    for name, port in sorted(together.items()):
+        if name in ports:
+            entry = lock_entry(port, outputs)
+            if override is not None:
+                outputs.update(_add_override(entry, port, override))
+        else:
+            old = lock.ports[name]
+            shared = {p: sha256(t) for p, t in outputs.items() if p in old["outputs"]}
+            entry = {**old, "outputs": {**old["outputs"], **shared}}
+        lock = lock.with_port(name, entry)
+    return Plan(ports, failed, outputs, lock, known)
+
+
+def drift(folder: Path) -> dict[str, list[str]]:
+    """What no longer fits, by port: upstream symbols, outputs, files edited by hand."""
+    lock = read_lock(folder)
+    found: dict[str, list[str]] = {name: [] for name in sorted(lock.ports)}
+    ports: dict[str, Port] = {}
+    for name, entry in sorted(lock.ports.items()):
+        if reason := stale_reason(entry):
+            found[name].append(reason)
+        try:
+            ports[name] = port_again(name, entry)
+            symbols = upstream_symbols(ports[name])
+        except PorterError as error:
+            found[name].append(f"no longer ports: {error}")
+            continue
+        found[name] += _changed_symbols(entry["upstream"], symbols)
+    outputs = render_ports(ports.values())
+    for name, entry in sorted(lock.ports.items()):
+        for path, sha in sorted(entry["outputs"].items()):
+            if name in ports and path in outputs and sha256(outputs[path]) != sha:
+                found[name].append(f"{path} would be written differently")
+            file = folder / path
+            if file.is_file() and sha256(file.read_text(encoding="utf-8")) != sha:
+                found[name].append(f"{path} was edited by hand or is of another run")
+    return found
+
+
+def _changed_symbols(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    return [
+        f"{symbol} {'changed' if symbol in old and symbol in new else 'came or went'}"
+        for symbol in sorted({*old, *new})
+        if old.get(symbol) != new.get(symbol)
+    ]
+
+
+def _sharing(lock: Lock, ports: Mapping[str, Port]) -> dict[str, Port]:
+    """Ports of the lock that share a file with `ports`, made again."""
+    paths = {path for port in ports.values() for path in port.paths()}
+    return {
+        name: port_again(name, entry)
+        for name, entry in sorted(lock.ports.items())
+        if name not in ports and paths & set(entry["outputs"])
+    }
+
+
+def _add_override(entry: dict[str, Any], port: Port, file: Path) -> dict[str, str]:
+    """Records a subclass in the entry; its file becomes one of the outputs.
+
+    Raises:
+        PorterError: there is no such file, or it has not exactly one subclass of the port.
+    """
+    if not file.is_file():
+        raise PorterError(f"no file {file.as_posix()}", expected="--with overrides.py")
+    text = file.read_text(encoding="utf-8")
+    base = wrapper_name("pipeline", port.upstream.class_name)
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        raise PorterError(
+            f"a syntax error ({error.msg})", where=f"{file.name}:{error.lineno}"
+        ) from error
+    classes = [
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(b).rpartition(".")[2] == base for b in node.bases)
+    ]
+    if len(classes) != 1:
+        raise Refusal(
+            f"{file.name} has {len(classes)} subclasses of {base}", expected="one"
+        )
+    path = f"overrides/{base}.py"
+    entry["override"] = {"file": path, "class": classes[0]}
+    entry["outputs"] = {**entry["outputs"], path: sha256(text)}
+    return {path: text}

@@ -1,0 +1,128 @@
+"""`porter.lock`: what each port was made from, what it holds and what is proven.
+
+The file is JSON with sorted keys. For each port, under `ports.<name>`:
+
+- `class`: the upstream class as `module:Class`; `generated`: file and class to load;
+- `diffusers`, `porter`: versions;
+- `upstream`: sha256 of every upstream symbol that the generated code uses;
+- `rules`: for each rewritten class, rule id to number of matches;
+- `outputs`: sha256 of each generated file, by path below the lock's folder;
+- `facts`: what the probe measured, so that a check needs no run;
+- `refused_modes`: mode to the reason why the port lacks it;
+- `override`: the subclass passed with `--with`, or null;
+- `proofs`: `key` (see `proof_key`) and `modes`, or null.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from porter.errors import PorterError
+from porter.source import library_version, sha256
+
+LOCK_NAME = "porter.lock"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Lock:
+    """The ports by name; entries are plain JSON."""
+
+    ports: Mapping[str, Mapping[str, Any]]
+
+    def with_port(self, name: str, entry: Mapping[str, Any]) -> Lock:
+        """A lock with one more port, or with a newer entry of it.
+
+        The proofs of the old entry stay where their key still holds.
+        """
+        proofs = self.ports.get(name, {}).get("proofs")
+        if proofs and proofs["key"] != proof_key({**entry}):
+            proofs = None
+        return replace(self, ports={**self.ports, name: {**entry, "proofs": proofs}})
+
+    def with_proofs(self, name: str, modes: Mapping[str, Any]) -> Lock:
+        """A lock that also holds these proven modes, each with what was measured."""
+        entry = self.ports[name]
+        key = proof_key(entry)
+        old = entry.get("proofs") or {"key": key, "modes": {}}
+        kept = old["modes"] if old["key"] == key else {}
+        proofs = {"key": key, "modes": {**kept, **modes}}
+        return replace(self, ports={**self.ports, name: {**entry, "proofs": proofs}})
+
+    def known_outputs(self) -> dict[str, str]:
+        """sha256 of every generated file."""
+        known: dict[str, str] = {}
+        for entry in self.ports.values():
+            known.update(entry["outputs"])
+        return known
+
+    def text(self) -> str:
+        """The file's text; equal locks have equal texts."""
+        data = {"version": _VERSION, "ports": self.ports}
+        return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+
+def read_lock(folder: Path) -> Lock:
+    """The lock of an output folder; an empty one where there is no file.
+
+    Raises:
+        PorterError: the file is not a lock that this version reads.
+    """
+    path = folder / LOCK_NAME
+    if not path.exists():
+        return Lock({})
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["version"] == _VERSION:
+            return Lock(data["ports"])
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise PorterError(
+        f"{path.as_posix()} is no lock of version {_VERSION}",
+        expected="a file that porter wrote",
+        todo="delete it and run porter add-model again",
+    )
+
+
+def proof_key(entry: Mapping[str, Any]) -> dict[str, str]:
+    """What a proof depends on: outputs, diffusers, the runtime's source, torch."""
+    outputs = "\n".join(
+        f"{path} {sha}" for path, sha in sorted(entry["outputs"].items())
+    )
+    torch = importlib.metadata.version("torch").split("+")[0]
+    return {
+        "outputs": sha256(outputs),
+        "diffusers": entry["diffusers"],
+        "runtime": runtime_sha256(),
+        "torch": ".".join(torch.split(".")[:2]),
+    }
+
+
+def runtime_sha256() -> str:
+    """SHA-256 over the paths and texts of the runtime's source, found but not imported.
+
+    `xfuser_runtime.proofs.runtime_sha256` makes the same value; a test compares them.
+    """
+    spec = importlib.util.find_spec("xfuser_runtime")
+    if spec is None or not spec.submodule_search_locations:
+        raise PorterError("no package xfuser_runtime", todo="install the project")
+    root = Path(next(iter(spec.submodule_search_locations)))
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def stale_reason(entry: Mapping[str, Any]) -> str:
+    """Why a port does not fit the installed diffusers, or ''."""
+    if entry["diffusers"] != library_version():
+        return f"made from diffusers {entry['diffusers']}, installed is {library_version()}"
+    return ""

@@ -1,0 +1,194 @@
+"""The whole way of a port: load, analyse, measure, rewrite, render."""
+
+from __future__ import annotations
+
+import importlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import libcst as cst
+
+from porter import __version__, source
+from porter.analysis.facts import PipelineFacts, facts_from_json, to_json
+from porter.analysis.forward import Forward
+from porter.analysis.pipeline_source import analyse_pipeline
+from porter.analysis.processor import Processor
+from porter.errors import PorterError
+from porter.names import output_path, wrapper_name
+from porter.render import Rewritten, render
+from porter.rules import attention, pipeline, transformer
+from porter.rules.base import Rule
+from porter.rules.context import PipelineContext
+from porter.rules.engine import apply_rules
+from porter.source import LIBRARY, Upstream
+
+
+@dataclass(frozen=True)
+class Port:
+    """A rewritten pipeline with everything it needs.
+
+    Attributes:
+        name: the class, or `module:Class` outside diffusers.
+        upstream: the pipeline class.
+        facts: what was measured.
+        classes: the rewritten classes, the pipeline first.
+    """
+
+    name: str
+    upstream: Upstream
+    facts: PipelineFacts
+    classes: tuple[Rewritten, ...]
+
+    def paths(self) -> set[str]:
+        """Paths of the files that hold the classes."""
+        return {output_path(unit.kind, unit.upstream.module) for unit in self.classes}
+
+
+def make_port(name: str, facts: PipelineFacts | None = None) -> Port:
+    """Ports one pipeline.
+
+    Args:
+        name: a class of diffusers, or `package.module:ClassName`.
+        facts: measured before; None measures them now.
+
+    Raises:
+        PorterError: no such class, or the port would not be right.
+    """
+    upstream = source.load(name)
+    denoisers = source.denoiser_parameters(source.class_node(upstream))
+    shape = analyse_pipeline(upstream.module, upstream.class_name, denoisers)
+    facts = facts or _measure(upstream)
+    context = PipelineContext(shape, facts)
+    classes = [
+        rewrite("pipeline", upstream, pipeline.RULES, context, shape.call),
+        *_transformers(upstream, facts),
+        *_processors(facts),
+    ]
+    return Port(_port_name(upstream), upstream, facts, tuple(classes))
+
+
+def render_ports(ports: Iterable[Port]) -> dict[str, str]:
+    """The text of every generated file, by path below the output folder.
+
+    Classes that several ports share stand in one file, once, in alphabetical order.
+    """
+    files: dict[str, dict[str, Rewritten]] = defaultdict(dict)
+    for port in sorted(ports, key=lambda port: port.name):
+        for unit in port.classes:
+            path = output_path(unit.kind, unit.upstream.module)
+            files[path].setdefault(unit.upstream.reference, unit)
+    return {path: render(list(units.values())) for path, units in sorted(files.items())}
+
+
+def lock_entry(port: Port, outputs: Mapping[str, str]) -> dict[str, Any]:
+    """What the lock keeps of a port; `outputs` are texts by path."""
+    pipeline_unit = port.classes[0]
+    path = output_path("pipeline", port.upstream.module)
+    return {
+        "class": port.upstream.reference,
+        "generated": {
+            "file": path,
+            "class": wrapper_name("pipeline", port.upstream.class_name),
+        },
+        "diffusers": port.upstream.version,
+        "porter": __version__,
+        "upstream": upstream_symbols(port),
+        "rules": {u.upstream.reference: dict(u.rewrite.counts) for u in port.classes},
+        "outputs": {p: source.sha256(outputs[p]) for p in sorted(port.paths())},
+        "facts": to_json(port.facts),
+        "refused_modes": dict(pipeline_unit.refused_modes),
+        "override": None,
+    }
+
+
+def upstream_symbols(port: Port) -> dict[str, str]:
+    """sha256 of every upstream definition that the port's text uses, by full name."""
+    symbols: dict[str, str] = {}
+    for unit in port.classes:
+        for name in unit.upstream_names():
+            found = source.symbol(unit.upstream.module.name, name)
+            if found is not None:
+                symbols[found[0]] = source.sha256(found[1])
+    return symbols
+
+
+def port_again(name: str, entry: Mapping[str, Any]) -> Port:
+    """The port of a lock's entry from the installed source, without measuring."""
+    return make_port(name, facts_from_json(entry["facts"]))
+
+
+def _port_name(upstream: Upstream) -> str:
+    inside = upstream.module.name.split(".")[0] == LIBRARY
+    return upstream.class_name if inside else upstream.reference
+
+
+def _measure(upstream: Upstream) -> PipelineFacts:
+    # The only place that imports upstream, and torch with it: it runs the model.
+    from porter.probe import probe_pipeline
+
+    module = importlib.import_module(upstream.module.name)
+    for library in (LIBRARY, "transformers"):
+        importlib.import_module(f"{library}.utils.logging").disable_progress_bar()
+    return probe_pipeline(
+        getattr(module, upstream.class_name),
+        lambda cls: source.load(f"{cls.__module__}:{cls.__qualname__}").module,
+    )
+
+
+def _transformers(upstream: Upstream, facts: PipelineFacts) -> Iterator[Rewritten]:
+    annotations = source.denoiser_parameters(source.class_node(upstream))
+    done: set[str] = set()
+    for name, measured in sorted(facts.transformers.items()):
+        annotation = annotations[name].split("|")[0].strip()
+        found = source.symbol(upstream.module.name, annotation)
+        if found is None:
+            raise PorterError(
+                f"the class of {name} is annotated {annotation or 'nowhere'}",
+                expected="a transformer class that the module imports",
+                where=upstream.module.file,
+            )
+        if found[0] in done:
+            continue
+        done.add(found[0])
+        owner = source.load(":".join(found[0].rsplit(".", 1)))
+        forward = Forward(owner.module, owner.class_name, measured)
+        yield rewrite("transformer", owner, transformer.RULES, forward, forward.method)
+
+
+def _processors(facts: PipelineFacts) -> Iterator[Rewritten]:
+    names = {n for found in facts.transformers.values() for n in found.processors}
+    for name in sorted(names):
+        owner = source.load(":".join(name.rsplit(".", 1)))
+        processor = Processor(owner.module, owner.class_name)
+        yield rewrite("attention", owner, attention.RULES, processor, processor.method)
+
+
+def rewrite(
+    kind: str,
+    upstream: Upstream,
+    rules: Sequence[type[Rule[Any]]],
+    facts: Any,
+    method: cst.FunctionDef,
+) -> Rewritten:
+    """One method of one class after a package of rules."""
+    result = apply_rules(
+        upstream.module,
+        [rule() for rule in rules],
+        facts,
+        subject=upstream.class_name,
+        within=[method],
+    )
+    refused = facts.refused_modes if isinstance(facts, PipelineContext) else {}
+    return Rewritten(
+        kind=kind,
+        upstream=upstream,
+        rewrite=result,
+        original=result.original(method),
+        text=result.text(method),
+        method_start=upstream.module.line(
+            method.decorators[0] if method.decorators else method
+        ),
+        refused_modes=refused,
+    )
