@@ -20,6 +20,9 @@ from typing import Any
 from xfuser_runtime.errors import InputError, NotSupportedError
 from xfuser_runtime.proofs import Proofs, runtime_sha256
 
+#: Ports are imported under this name, by their path in the folder; a subclass passed to
+#: `porter add-model --with` imports its base from there.
+PACKAGE = "xfuser_generated"
 #: Name and format of the file that porter writes beside the ports.
 _LOCK = "porter.lock"
 _LOCK_VERSION = 1
@@ -51,11 +54,12 @@ def load_pipeline_class(name: str, generated: str | Path = "generated") -> Any:
             f"{folder / _LOCK}: {name} was made from diffusers {entry['diffusers']}, "
             f"expected the installed {installed}; {_again(name)}"
         )
-    modules = {
-        path: _import_output(folder, name, path, sha256)
-        for path, sha256 in sorted(entry["outputs"].items())
-    }
-    cls = getattr(modules[entry["generated"]["file"]], entry["generated"]["class"])
+    # A subclass passed with --with imports the port, so it comes last.
+    chosen = entry["override"] or entry["generated"]
+    paths = sorted(entry["outputs"], key=lambda path: (path == chosen["file"], path))
+    for path in paths:
+        module = _import_output(folder, name, path, entry["outputs"][path])
+    cls = getattr(module, chosen["class"])
     cls.check_proven = _proofs(name, entry).check_proven
     return cls
 
@@ -150,10 +154,11 @@ def _import_output(folder: Path, name: str, path: str, sha256: str) -> types.Mod
             f"{file}: edited since porter wrote it, expected what the lock records; "
             f"{_again(name)}, and keep changes in a subclass"
         )
-    module_name = f"xfuser_generated.{sha256[:16]}.{file.stem}"
-    if module_name not in sys.modules:
+    module_name = f"{PACKAGE}.{path.removesuffix('.py').replace('/', '.')}"
+    module = sys.modules.get(module_name)
+    if module is None or module.__dict__.get("__sha256__") != sha256:
         module = types.ModuleType(module_name)
-        module.__file__ = str(file)
+        module.__dict__.update(__file__=str(file), __sha256__=sha256)
         # In place first: torch.compile and dataclasses look modules up by name.
         sys.modules[module_name] = module
         try:
@@ -161,7 +166,7 @@ def _import_output(folder: Path, name: str, path: str, sha256: str) -> types.Mod
         except BaseException:
             del sys.modules[module_name]
             raise
-    return sys.modules[module_name]
+    return module
 
 
 def _again(name: str) -> str:
