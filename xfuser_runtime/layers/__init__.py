@@ -1,0 +1,31 @@
+"""Layers on part of the tokens or rows, and their registers (manual, section 4)."""
+
+from __future__ import annotations
+
+from xfuser_runtime.layers.attention import (
+    reset_kv_caches,
+    wrap_attention,
+    xFuserAttentionBaseWrapper,
+)
+from xfuser_runtime.layers.base import wrap_layer, xFuserLayerBaseWrapper
+from xfuser_runtime.layers.conv import xFuserConv2dWrapper
+from xfuser_runtime.layers.embeddings import xFuserPatchEmbedWrapper
+from xfuser_runtime.layers.register import (
+    xFuserAttentionProcessorRegister,
+    xFuserLayerWrappersRegister,
+)
+from xfuser_runtime.layers.rows import RowBands, row_bands
+
+__all__ = [
+    "RowBands",
+    "reset_kv_caches",
+    "row_bands",
+    "wrap_attention",
+    "wrap_layer",
+    "xFuserAttentionBaseWrapper",
+    "xFuserAttentionProcessorRegister",
+    "xFuserConv2dWrapper",
+    "xFuserLayerBaseWrapper",
+    "xFuserLayerWrappersRegister",
+    "xFuserPatchEmbedWrapper",
+]
