@@ -52,7 +52,7 @@ def load_pipeline_class(name: str, generated: str | Path = "generated") -> Any:
     if entry["diffusers"] != installed:
         raise NotSupportedError(
             f"{folder / _LOCK}: {name} was made from diffusers {entry['diffusers']}, "
-            f"expected the installed {installed}; {_again(name)}"
+            f"expected the installed {installed}; {_port_it(name)}"
         )
     # A subclass passed with --with imports the port, so it comes last.
     chosen = entry["override"] or entry["generated"]
@@ -69,7 +69,7 @@ def _find_port(folder: Path, name: str) -> tuple[str, Entry]:
     path = folder / _LOCK
     if not path.is_file():
         raise InputError(
-            f"{path}: no such file, expected the lock of the ports; {_again(name)}"
+            f"{path}: no such file, expected the lock of the ports; {_port_it(name)}"
         )
     try:
         lock = json.loads(path.read_text(encoding="utf-8"))
@@ -79,7 +79,7 @@ def _find_port(folder: Path, name: str) -> tuple[str, Entry]:
     if version != _LOCK_VERSION:
         raise InputError(
             f"{path}: no lock of version {_LOCK_VERSION}, expected a file that this porter "
-            f"wrote; delete it and {_again(name)}"
+            f"wrote; delete it and {_port_it(name)}"
         )
     if name in ports:
         return name, ports[name]
@@ -146,13 +146,13 @@ def _import_output(folder: Path, name: str, path: str, sha256: str) -> types.Mod
     file = folder / path
     if not file.is_file():
         raise NotSupportedError(
-            f"{file}: no such file, expected it by the lock; {_again(name)}"
+            f"{file}: no such file, expected it by the lock; {_port_it(name)}"
         )
     text = file.read_bytes()
     if hashlib.sha256(text).hexdigest() != sha256:
         raise NotSupportedError(
             f"{file}: edited since porter wrote it, expected what the lock records; "
-            f"{_again(name)}, and keep changes in a subclass"
+            f"delete it and {_port_it(name)}, with changes in a subclass (--with)"
         )
     module_name = f"{PACKAGE}.{path.removesuffix('.py').replace('/', '.')}"
     module = sys.modules.get(module_name)
@@ -169,5 +169,5 @@ def _import_output(folder: Path, name: str, path: str, sha256: str) -> types.Mod
     return module
 
 
-def _again(name: str) -> str:
-    return f"run `porter add-model {name}` again"
+def _port_it(name: str) -> str:
+    return f"run `porter add-model {name}`"
