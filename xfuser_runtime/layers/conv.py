@@ -91,7 +91,7 @@ class xFuserConv2dWrapper(xFuserLayerBaseWrapper, nn.Conv2d):
         needs: Sequence[Range],
         bands: RowBands,
     ) -> tuple[torch.Tensor, int | None]:
-        sites = vars(self).setdefault(_STALE, CallSites(StaleRows))
+        sites = self.__dict__.setdefault(_STALE, CallSites(StaleRows))
         stale: StaleRows = sites.next(bands)
         if bands.band is None:
             stale.image = input.detach().clone()

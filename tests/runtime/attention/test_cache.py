@@ -166,10 +166,14 @@ def largest_errors(
 ) -> dict[str, float]:
     """For each problem the largest relative error of any pass."""
     ulysses, ring = MODES[mode]
+    # One rank's sequence runs twice, as two replicas, so that a sabotage stays in a fork.
+    replicas = 2 if ulysses * ring == 1 else 1
 
     def body(rank: int) -> dict[str, list[torch.Tensor]]:
         initialize_model_parallel(
-            ParallelConfig(ulysses_degree=ulysses, ring_degree=ring)
+            ParallelConfig(
+                data_parallel_degree=replicas, ulysses_degree=ulysses, ring_degree=ring
+            )
         )
         if sabotage is not None:
             sabotage()
@@ -181,7 +185,7 @@ def largest_errors(
             ]
         return found
 
-    results = run_ranks(body, ulysses * ring)
+    results = run_ranks(body, replicas * ulysses * ring)[: ulysses * ring]
     largest = {}
     for name, (problem, schedule) in problems.items():
         expected = simulated(problem, schedule)
