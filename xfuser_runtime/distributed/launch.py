@@ -132,17 +132,14 @@ def _end_failed(error: BaseException, code: int, watch: _Watch | None) -> NoRetu
         details = traceback.format_exc()
     else:
         details = ""
+    place, words = place_of_this_rank(), _words(error)
     if watch is None:
-        failure = Failure(0, place_of_this_rank(), _words(error), "", 0)
-        _exit(details + str(failure), code)
+        _exit(details + str(Failure(0, place, words, "", 0)), code)
     if _is_communication(error):
         # Most likely the echo of another rank's end, which is the one worth telling.
         watch.settle()
-    failure = Failure(
-        watch.rank, place_of_this_rank(), _words(error), watch.host, watch.rank
-    )
-    told = watch.tell(failure)
-    _exit(details + str(told) if told == failure else watch.echo(told), code)
+    watch.tell(Failure(watch.rank, place, words, watch.host, watch.rank), details)
+    _exit("", code)
 
 
 def _words(error: BaseException) -> str:
@@ -184,7 +181,7 @@ class _Watch:
         self._store.set(f"process/{self.rank}", json.dumps([self.host, os.getpid()]))
         self._neighbours: dict[int, int] = {}
         self._unknown = set(range(self._world_size)) - {self.rank}
-        self._place = ""
+        self._places: dict[int, str] = {}
         self._finished = threading.Event()
         self._thread = threading.Thread(
             target=self._run, name="fail_together", daemon=True
@@ -202,19 +199,24 @@ class _Watch:
         self._finished.set()
         self._thread.join()
 
-    def tell(self, failure: Failure) -> Failure:
-        """Make ``failure`` the job's unless there is one; returns the job's."""
-        told = json.dumps(asdict(failure))
+    def tell(self, failure: Failure, details: str = "") -> None:
+        """Make ``failure`` the job's and print it, unless the job has one."""
+        told = failure
         with contextlib.suppress(RuntimeError):
-            told = self._store.compare_set("failure", "", told).decode()
-            if failure.teller == self.rank == 0:
-                # The store may end with this process; let the others read it first.
-                time.sleep(2 * POLL_SECONDS)
-        return Failure(**json.loads(told))
+            text = json.dumps(asdict(failure))
+            told = Failure(**json.loads(self._store.compare_set("failure", "", text)))
+        if told != failure:
+            self._echo(told)
+            return
+        print(f"{details}{failure}", file=sys.stderr, flush=True)
+        if self.rank == 0:
+            # The store may end with this process; let the others read it first.
+            time.sleep(2 * POLL_SECONDS)
 
-    def echo(self, failure: Failure) -> str:
-        """What a rank that did not tell ``failure`` prints: nothing beside the teller."""
-        return "" if failure.host == self.host else str(failure)
+    def _echo(self, failure: Failure) -> None:
+        """Print what another rank told, once more for each other host."""
+        if failure.host != self.host:
+            print(failure, file=sys.stderr)
 
     def settle(self) -> None:
         """Wait until a failure is told, `SETTLE_SECONDS` at most."""
@@ -234,40 +236,43 @@ class _Watch:
                 errors += 1
                 missing = self._dead_neighbours()
                 if missing or errors > MAX_STORE_ERRORS:
-                    self._end_missing(missing[0] if missing else 0, "unknown step")
+                    self._end_missing(missing[0] if missing else 0)
 
     def _look(self) -> None:
         """One look: share this rank's place, end if a failure is told or a neighbour is dead."""
         place = place_of_this_rank()
-        if place != self._place:
+        if place != self._places.get(self.rank):
             self._store.set(f"place/{self.rank}", place)
-            self._place = place
+            self._places[self.rank] = place
         if self._store.check(["failure"]):
             failure = Failure(**json.loads(self._store.get("failure")))
-            _exit(self.echo(failure), 1)
+            if failure.teller == self.rank:
+                return  # the thread that told it is ending this process
+            self._echo(failure)
+            _exit("", 1)
         for rank in sorted(self._unknown):
             if self._store.check([f"process/{rank}"]):
                 host, process = json.loads(self._store.get(f"process/{rank}"))
                 self._unknown.discard(rank)
                 if host == self.host:
                     self._neighbours[rank] = process
+        for rank in self._neighbours:
+            if self._store.check([f"place/{rank}"]):
+                self._places[rank] = self._store.get(f"place/{rank}").decode()
         for rank in self._dead_neighbours():
             if self._store.check([f"done/{rank}"]):
                 del self._neighbours[rank]
                 continue
-            if not self._store.check(["failure"]):
-                known = self._store.check([f"place/{rank}"])
-                place = self._store.get(f"place/{rank}").decode() if known else "start"
-                self._end_missing(rank, f"last seen in {place}")
+            self._end_missing(rank)
 
     def _dead_neighbours(self) -> list[int]:
         return [r for r, process in self._neighbours.items() if not _is_alive(process)]
 
-    def _end_missing(self, rank: int, place: str) -> NoReturn:
+    def _end_missing(self, rank: int) -> NoReturn:
+        place = f"last seen in {self._places.get(rank, 'its start')}"
         error = "died without a word, expected to finish; look for a signal or a lack of memory"
-        failure = Failure(rank, place, error, self.host, self.rank)
-        told = self.tell(failure)
-        _exit(str(told) if told == failure else self.echo(told), 1)
+        self.tell(Failure(rank, place, error, self.host, self.rank))
+        _exit("", 1)
 
 
 def _host_identity() -> str:
