@@ -19,6 +19,7 @@ import torch
 
 from xfuser_runtime.distributed.collectives import broadcast_object
 from xfuser_runtime.distributed.parallel_state import Group
+from xfuser_runtime.errors import InputError
 
 # How each drawing function of torch learns its shape.
 _SIZED = ("randn", "rand", "randint", "randperm")
@@ -135,14 +136,14 @@ def same_randomness(group: Group, *values: Any) -> Iterator[None]:
         values: arguments of the call; generators in them are set alike as well.
 
     Raises:
-        ValueError: when the ranks pass different numbers or kinds of generators.
+        InputError: when the ranks pass different numbers or kinds of generators.
     """
     if group.world_size > 1:
         generators = find_generators(*values)
         kinds = [generator.device.type for generator in generators]
         theirs, states = broadcast_object((kinds, random_states(generators)), group)
         if theirs != kinds:
-            raise ValueError(
+            raise InputError(
                 f"generators on {kinds or 'no device'} on rank {group.rank_in_group} and "
                 f"on {theirs or 'no device'} on the first rank of its group, expected the "
                 "same on all; pass the same arguments on every rank"
@@ -181,19 +182,28 @@ def rows_of_whole_batch(
             does not grow with the batch.
 
     Raises:
-        ValueError: when the replica has no sample, or for a draw whose distribution
-            depends on the other replicas' values.
+        InputError: when the replica has no sample, for a draw whose distribution depends
+            on the other replicas' values, or for one that upstream makes with the
+            generator of a sample of another replica.
     """
     local = stop - start
     if not 0 <= start < stop <= batch:
-        raise ValueError(
+        raise InputError(
             f"samples {start} to {stop} of a batch of {batch}, expected at least one "
             "inside the batch; use no more data-parallel replicas than samples"
         )
     own = {id(generator) for generator in own_generators}
 
     def draw_rows(draw: Draw) -> torch.Tensor:
-        if id(draw.generator) in own or (shared_posterior and _in_posterior()):
+        if id(draw.generator) in own:
+            if (shared_posterior or len(own) > local) and _in_posterior():
+                raise InputError(
+                    f"{len(own)} generators for {local} samples whose images are encoded "
+                    "with random numbers, expected one for each image, since upstream "
+                    "takes them in the order of the images; pass one generator"
+                )
+            return draw()
+        if shared_posterior and _in_posterior():
             return draw()
         extent = _leading_extent(draw)
         if extent is None or extent == 0 or extent % local:
@@ -257,7 +267,7 @@ def _draw_whole(draw: Draw, extent: int) -> torch.Tensor:
         return draw.function(whole, *draw.args[1:], **draw.kwargs)
     place, size = _size(draw)
     if size is None or "out" in draw.kwargs:
-        raise ValueError(
+        raise InputError(
             f"torch.{draw.name} from values of this replica's samples, expected a draw "
             "that needs no other replica's values; run without data parallelism"
         )

@@ -92,7 +92,7 @@ def wrap_scheduler(scheduler: Any) -> Any:
     return scheduler
 
 
-def _wrapper_class(original: type) -> type[xFuserSchedulerBaseWrapper]:
+def _wrapper_class(original: type) -> type:
     found = xFuserSchedulerWrappersRegister.find(original)
     if found is not None and upstream_class(found) is original:
         return found
@@ -107,8 +107,7 @@ def _wrapper_class(original: type) -> type[xFuserSchedulerBaseWrapper]:
 
 
 def _new_wrapper(original: type) -> Any:
-    wrapper = _wrapper_class(original)
-    return wrapper.__new__(wrapper)
+    return object.__new__(_wrapper_class(original))
 
 
 def _step_names(cls: type) -> list[str]:

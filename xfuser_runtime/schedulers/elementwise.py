@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from xfuser_runtime.base_wrapper import upstream_class
+from xfuser_runtime.errors import NotSupportedError
 from xfuser_runtime.schedulers.copies import (
     COPIES,
     PatchCopies,
@@ -30,10 +31,10 @@ from xfuser_runtime.schedulers.trees import (
 )
 
 
-def not_supported(scheduler: object, found: str) -> ValueError:
+def not_supported(scheduler: object, found: str) -> NotSupportedError:
     """The manual's error for a scheduler that cannot step patches."""
     name = upstream_class(type(scheduler)).__name__
-    return ValueError(
+    return NotSupportedError(
         f"Scheduler {name} is not supported by xFuser: {found}; use "
         "num_pipeline_patch=1, warmup_steps of at least the number of inference steps, "
         "or another scheduler"
@@ -44,7 +45,7 @@ def refuse_config(scheduler: Any) -> None:
     """Refuse settings that make a step look at the whole sample.
 
     Raises:
-        ValueError: for dynamic thresholding, which ranks the values of the whole sample.
+        NotSupportedError: for dynamic thresholding, which ranks the values of the whole sample.
     """
     if scheduler.config.get("thresholding", False):
         raise not_supported(
@@ -106,7 +107,7 @@ class ElementwiseCheck:
         """Compare the patch's rows of what the step and its twin returned and keep.
 
         Raises:
-            ValueError: when they differ (the manual's message).
+            NotSupportedError: when they differ (the manual's message).
         """
         same = same_in_region(
             [outputs_of(result), without_copies(vars(self._scheduler))],
