@@ -1,0 +1,92 @@
+"""Proof of a port: every parallel mode compared with stock diffusers on tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from porter.errors import PorterError
+from porter.lock import LOCK_NAME, read_lock
+from porter.report import Report
+from porter.verify.modes import Mode, all_modes, parse_modes
+from porter.verify.proofs import with_verification
+from porter.verify.verdict import Verification
+from porter.verify.verification import verify_pipeline
+from porter.write import write_all
+
+__all__ = ["Mode", "Verification", "all_modes", "parse_modes", "run", "verify_pipeline"]
+
+
+def run(
+    names: Sequence[str],
+    modes: Sequence[str] | None,
+    *,
+    generated: Path,
+    as_json: bool = False,
+) -> int:
+    """Verify ports of a lock, print a table of each and keep the proofs in the lock.
+
+    Args:
+        names: ports; none means every port of the lock.
+        modes: names of modes, or None for all that the ports have.
+        generated: folder of the ports and of the lock.
+        as_json: print JSON in place of the tables.
+
+    Returns:
+        0 when every mode of every port is proven, else 1.
+
+    Raises:
+        PorterError: a name is not in the lock, a mode is unknown, or a run is impossible.
+    """
+    report = Report(as_json=as_json)
+    wanted = None if modes is None else parse_modes(modes)
+    code, found = 0, []
+    for name in names or sorted(read_lock(generated).ports):
+        verification = verify_pipeline(
+            name,
+            generated=generated,
+            modes=_modes_of(name, generated, wanted, report),
+            say=report.message,
+        )
+        # Read again: another command may have written since.
+        lock = with_verification(read_lock(generated), name, verification)
+        write_all(generated, {LOCK_NAME: lock.text()})
+        found.append(verification)
+        code = max(code, verification.exit_code)
+        if not as_json:
+            report.line(verification.table())
+    if as_json:
+        report.json([verification.to_json() for verification in found])
+    return code
+
+
+def _modes_of(
+    name: str, generated: Path, wanted: Sequence[Mode] | None, report: Report
+) -> tuple[Mode, ...]:
+    """The modes to verify: all that the port has, or those asked for.
+
+    Raises:
+        PorterError: the lock has no such port, or the port lacks a mode that was asked for.
+    """
+    ports = read_lock(generated).ports
+    if name not in ports:
+        raise PorterError(
+            f"no port {name} in {(generated / LOCK_NAME).as_posix()}",
+            expected=", ".join(sorted(ports)) or "a port",
+            todo=f"run porter add-model {name}",
+        )
+    refused = ports[name].get("refused_modes", {})
+    chosen = []
+    for mode in all_modes() if wanted is None else wanted:
+        missing = [kind for kind in mode.kinds if kind in refused]
+        if not missing:
+            chosen.append(mode)
+        elif wanted is not None:
+            raise PorterError(
+                f"mode {mode.name}: {name} is ported without {missing[0]}"
+                f" ({refused[missing[0]]})",
+                expected="modes that the port has",
+            )
+    for kind, reason in sorted(refused.items()):
+        report.message(f"{name} is ported without {kind}: {reason}")
+    return tuple(chosen)

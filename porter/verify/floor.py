@@ -7,7 +7,8 @@ mask or a doubled token at all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 
 from porter.verify.gate import relative_error
 from porter.verify.hooks import AttentionCall, Replacement, denoiser_attention
+
+#: Seed of torch's global generator before each call, here and in the ranks.
+GLOBAL_SEED = 20
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,19 @@ def run_stock(
         pipeline: the stock pipeline.
         call: makes fresh keyword arguments (a generator is used up by a run).
     """
-    return output_tensors(pipeline(**call()))
+    with seeded():
+        return output_tensors(pipeline(**call()))
+
+
+@contextlib.contextmanager
+def seeded() -> Iterator[None]:
+    """Torch's global generator seeded as the ranks seed it, and put back afterwards.
+
+    Some loops draw from it, whatever generator the caller gives.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(GLOBAL_SEED)
+        yield
 
 
 def reference(pipeline: Any, call: Callable[[], Mapping[str, Any]]) -> Reference:

@@ -8,6 +8,7 @@ rows and tokens one token row has, and which key rows of each attention call are
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -108,15 +109,23 @@ class TokenProbe:
         self.latents = latents
         self._base = self._trace(latents)
 
-    def touched(self, axis: int, start: int, stop: int) -> list[Touched]:
-        """Query and key rows, of every attention call, that follow this latent region."""
+    def touched(
+        self, axis: int, start: int, stop: int, *, sites: int | None = None
+    ) -> list[Touched]:
+        """Query and key rows that follow this latent region, of every attention call.
+
+        Args:
+            axis, start, stop: the region of the latents.
+            sites: stop after this many attention calls; None goes through all.
+        """
         changed = self.latents.clone()
         region = changed.narrow(axis, start, stop - start)
         noise = torch.randn(
             region.shape, generator=torch.Generator().manual_seed(0)
         ).to(region)
         region.add_(noise * (self.latents.std() + 1))
-        pairs = zip(self._base, self._trace(changed), strict=True)
+        traced = self._trace(changed, sites)
+        pairs = zip(self._base[: len(traced)], traced, strict=True)
         return [
             (_changed_rows(q0, q1), _changed_rows(k0, k1))
             for (q0, k0), (q1, k1) in pairs
@@ -159,7 +168,7 @@ class TokenProbe:
         last: torch.Tensor | None = None
         tokens = 0
         for index in range(self.latents.shape[axis]):
-            _, keys = self.touched(axis, index, index + 1)[site]
+            _, keys = self.touched(axis, index, index + 1, sites=site + 1)[site]
             if last is not None and torch.equal(keys, last):
                 continue
             if last is not None and bool((keys & last).any()):
@@ -174,19 +183,27 @@ class TokenProbe:
         text = max(int((~q).sum()) for q, k in whole if k.any())
         return LatentRows(axis, height, len(starts), tokens, text)
 
-    def _trace(self, latents: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _trace(
+        self, latents: torch.Tensor, sites: int | None = None
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
         def local(call: AttentionCall) -> torch.Tensor:
             if not self._skip():
                 found.append((call.query, call.key))
+                if len(found) == sites:
+                    raise _Enough
             shape = (*call.query.shape[:-1], call.value.shape[-1])
             return call.query.new_zeros(shape)
 
         self._bound.arguments[self._name] = latents
-        with replaced_attention(local):
+        with replaced_attention(local), contextlib.suppress(_Enough):
             self._module.forward(*self._bound.args, **self._bound.kwargs)
         return found
+
+
+class _Enough(Exception):
+    """Ends a traced forward early; hooks of the module clean up after any exception."""
 
 
 def _changed_rows(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:

@@ -44,7 +44,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from porter.verify.floor import output_tensors
+from porter.verify.floor import output_tensors, seeded
 from porter.verify.geometry import LatentRows, OracleRefusal, TokenProbe
 from porter.verify.hooks import AttentionCall, denoisers, replaced_attention
 
@@ -76,7 +76,8 @@ class DisplacedPatches:
         Raises:
             OracleRefusal: the pipeline's loop has a shape that the oracle cannot follow.
         """
-        return _Simulation(self, pipeline, dict(call())).run()
+        with seeded():
+            return _Simulation(self, pipeline, dict(call())).run()
 
 
 @dataclass
@@ -159,14 +160,15 @@ class _Simulation:
         return self._passes(values, start)
 
     def _is_timesteps(self, values: Iterable[Any]) -> bool:
-        timesteps = getattr(self._pipeline.scheduler, "timesteps", None)
+        timesteps: Any = getattr(self._pipeline.scheduler, "timesteps", None)
         if values is timesteps:
             return True
-        both = isinstance(values, torch.Tensor) and isinstance(timesteps, torch.Tensor)
+        if not isinstance(timesteps, torch.Tensor):
+            return False
+        if not isinstance(values, torch.Tensor) or not len(values):
+            return False
         # A pipeline that starts from an image loops over the last steps alone.
-        return (
-            both and len(values) > 0 and torch.equal(values, timesteps[-len(values) :])
-        )
+        return bool(torch.equal(values, timesteps[-len(values) :]))
 
     def _passes(self, timesteps: Iterable[Any], start: int) -> Iterator[Any]:
         """Yield `(i, t)` once a pass: whole in the warm-up, then once a patch."""

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from porter.errors import PorterError
+from porter.verify.floor import GLOBAL_SEED
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,7 @@ class Replay:
 def start_replay(
     folder: Path,
     *,
+    port: str,
     pipeline: str,
     checkpoint: Path,
     generated: Path,
@@ -165,6 +167,7 @@ def start_replay(
 
     Args:
         folder: an empty folder for the job.
+        port: name that the pipeline was ported by.
         pipeline: `module:Class` of the upstream pipeline.
         checkpoint: folder of the tiny checkpoint.
         generated: folder of the ports.
@@ -179,6 +182,8 @@ def start_replay(
         "pipeline": pipeline,
         "checkpoint": str(checkpoint.resolve()),
         "generated": str(generated.resolve()),
+        "port": port,
+        "seed": GLOBAL_SEED,
         "calls": "calls.pt",
         "results": "results",
         "max_ranks": max_ranks or 2 * _cores(),

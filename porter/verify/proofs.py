@@ -2,68 +2,74 @@
 
 A proof is named by the ways of splitting, without degrees (`Mode.proof`), because a user
 has more ranks than a verification: the runtime offers a product of several when each and
-every pair of them is proven.  `cfg2` and `ulysses2 x ring2` prove `cfg` and
-`ring x ulysses`; where several modes prove one name (`ulysses2`, `ulysses4`), all must pass.
+every pair of them is proven.  `cfg2` and `ring2 x ulysses2` prove `cfg` and
+`ring x ulysses`; where several modes prove one name (`ulysses2`, `ulysses4`), all of those
+that were verified must pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
+from porter.lock import Lock
 from porter.verify.verdict import ModeVerdict, Verification
 
 
-@dataclass(frozen=True)
-class Proof:
-    """The outcome for one name.
-
-    Attributes:
-        name: ways of splitting, for example `cfg x ulysses`.
-        proven: whether every verified mode of that name is proven.
-        error: the largest error of these modes.
-        gate: the gate of that error.
-        sabotage: the smallest error of their sabotages.
-    """
-
-    name: str
-    proven: bool
-    error: float
-    gate: float
-    sabotage: float
-
-
-def proofs_of(verification: Verification) -> tuple[Proof, ...]:
-    """One proof, or disproof, for each name that the verification has a verdict on."""
-    by_name: dict[str, list[ModeVerdict]] = {}
-    for verdict in verification.verdicts:
-        by_name.setdefault(verdict.mode.proof, []).append(verdict)
-    return tuple(_proof(name, verdicts) for name, verdicts in by_name.items())
-
-
-def updated(proven: Iterable[str], verification: Verification) -> tuple[str, ...]:
-    """The names that are proven after a verification of some modes.
+def with_verification(lock: Lock, name: str, verification: Verification) -> Lock:
+    """A lock with what this verification proved, and without what it disproved.
 
     Args:
-        proven: names that an earlier verification of the very same files proved.
-        verification: of some or all modes; its verdicts replace earlier ones.
+        lock: the lock that has the port.
+        name: of the port.
+        verification: of some or all of its modes; proofs of other modes stay while the
+            port and the runtime are the same.
     """
-    names = set(proven)
-    for proof in proofs_of(verification):
-        names.discard(proof.name)
-        if proof.proven:
-            names.add(proof.name)
-    return tuple(sorted(names))
-
-
-def _proof(name: str, verdicts: list[ModeVerdict]) -> Proof:
-    worst = [v.worst for v in verdicts if v.worst is not None]
-    weakest = [v.weakest for v in verdicts if v.weakest is not None]
-    largest = max(worst, key=lambda m: m.error / m.gate, default=None)
-    return Proof(
-        name=name,
-        proven=all(verdict.status == "proven" for verdict in verdicts),
-        error=float("inf") if largest is None else largest.error,
-        gate=0.0 if largest is None else largest.gate,
-        sabotage=min((s.error for s in weakest), default=0.0),
+    by_name = _by_name(verification)
+    kept = _without(lock, name, by_name)
+    return kept.with_proofs(
+        name,
+        {
+            proof: _measured(verdicts)
+            for proof, verdicts in by_name.items()
+            if all(verdict.status == "proven" for verdict in verdicts)
+        },
     )
+
+
+def _by_name(verification: Verification) -> dict[str, list[ModeVerdict]]:
+    found: dict[str, list[ModeVerdict]] = {}
+    for verdict in verification.verdicts:
+        found.setdefault(verdict.mode.proof, []).append(verdict)
+    return found
+
+
+def _without(lock: Lock, name: str, proofs: Mapping[str, Any]) -> Lock:
+    """The lock with none of these proofs: a new verdict replaces the old one."""
+    entry = lock.ports[name]
+    held = entry.get("proofs")
+    if not held:
+        return lock
+    modes = {key: value for key, value in held["modes"].items() if key not in proofs}
+    entry = {**entry, "proofs": {**held, "modes": modes}}
+    return replace(lock, ports={**lock.ports, name: entry})
+
+
+def _measured(verdicts: list[ModeVerdict]) -> dict[str, Any]:
+    """The numbers behind one proof, by mode: two digits, so that a rerun changes little."""
+    found: dict[str, Any] = {}
+    for verdict in verdicts:
+        worst, weakest = verdict.worst, verdict.weakest
+        assert worst is not None and weakest is not None
+        found[verdict.mode.name] = {
+            "cases": len(verdict.measurements),
+            "error": _two_digits(worst.error),
+            "floor": _two_digits(worst.floor),
+            "sabotage": _two_digits(weakest.error),
+        }
+    return found
+
+
+def _two_digits(value: float) -> float:
+    return float(f"{value:.1e}")

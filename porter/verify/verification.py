@@ -76,6 +76,7 @@ def verify_pipeline(
             subject,
             all_modes() if modes is None else modes,
             Path(folder),
+            name,
             target,
             checkpoint,
             generated,
@@ -168,6 +169,7 @@ def _verdicts(
     subject: _Subject,
     modes: Sequence[Mode],
     folder: Path,
+    name: str,
     target: str,
     checkpoint: Path,
     generated: Path,
@@ -181,6 +183,7 @@ def _verdicts(
     runs = list(_runs(subject, modes))
     with start_replay(
         job,
+        port=name,
         pipeline=target,
         checkpoint=checkpoint,
         generated=generated,

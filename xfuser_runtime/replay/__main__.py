@@ -34,9 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     job = read_job(parser.parse_args(arguments).job)
     # Ranks are forked: a thread pool that started here would be dead in them.
     torch.set_num_threads(1)
-    port_class = load_pipeline_class(
-        job.pipeline_class.__name__, generated=str(job.generated)
-    )
+    port_class = load_pipeline_class(job.port, generated=job.generated)
     stock: Any = job.pipeline_class.from_pretrained(job.checkpoint)  # type: ignore[attr-defined]
     stock.set_progress_bar_config(disable=True)
     _say({"port": port_class.__name__, "block_loops": _block_loops(stock)})
@@ -73,7 +71,7 @@ def _block_loops(stock: Any) -> dict[str, list[str]]:
     found = {}
     for name, module in stock.components.items():
         if isinstance(module, nn.Module):
-            wrapper = xFuserTransformerWrappersRegister.find(module)
+            wrapper = xFuserTransformerWrappersRegister.find(type(module))
             if wrapper is not None:
                 found[name] = list(wrapper.block_loops)  # type: ignore[attr-defined]
     return found

@@ -37,6 +37,7 @@ class Job:
     """All runs, and what they share.
 
     Attributes:
+        port: name that the pipeline was ported by.
         pipeline: `module:Class` of the upstream pipeline.
         checkpoint: folder that upstream's `from_pretrained` loads.
         generated: folder of the ports.
@@ -44,8 +45,10 @@ class Job:
         results: folder for what the ranks return.
         runs: the runs.
         max_ranks: ranks alive at any time; a larger run runs alone.
+        seed: of torch's global generator before each call.
     """
 
+    port: str
     pipeline: str
     checkpoint: Path
     generated: Path
@@ -53,6 +56,7 @@ class Job:
     results: Path
     runs: tuple[Run, ...]
     max_ranks: int = 2
+    seed: int = 0
 
     @property
     def pipeline_class(self) -> type:

@@ -147,6 +147,7 @@ def _run_calls(
         fault = stack.enter_context(injected(run.fault)) if run.fault else None
         for name in run.calls:
             kwargs = unpacked(job.calls[name])
+            torch.manual_seed(job.seed)
             output = pipeline(**kwargs)
             report["callback_steps"][name] = callback_steps(kwargs)
             if output is not None:
