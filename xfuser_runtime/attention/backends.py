@@ -158,10 +158,10 @@ _BACKENDS: dict[str, AttentionBackend] = {
 _AUTOMATIC = ("flash_3", "sdpa")
 _AUTOMATIC_WITH_LSE = (
     "flash_3",
+    "sdpa_cudnn",
     "flash",
     "sdpa_flash",
     "sdpa_cpu",
-    "sdpa_cudnn",
     "sdpa_efficient",
     "sdpa_math",
 )

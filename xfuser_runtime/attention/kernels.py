@@ -177,14 +177,13 @@ def cuda_flash(call: KernelCall, need_lse: bool) -> Result:
 
 def cuda_cudnn(call: KernelCall, need_lse: bool) -> Result:
     """cuDNN's attention through torch."""
-    # cuDNN reads its inputs as if they were dense.
-    query, key, value = (x.contiguous() for x in call.heads_first_repeated())
+    query, key, value = call.heads_first_repeated()
     mask = call.additive_mask()
     out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
         query,
         key,
         value,
-        None if mask is None else mask.expand(*_scores_shape(call)).contiguous(),
+        None if mask is None else mask.expand(*_scores_shape(call)),
         need_lse,
         is_causal=call.is_causal,
         scale=call.scale,

@@ -156,12 +156,17 @@ def local_rows(
 
 
 def local_mask(
-    problem: Problem, layout: TokenLayout, patch: int | None, shard: int
+    problem: Problem,
+    layout: TokenLayout,
+    patch: int | None,
+    shard: int,
+    device: str,
 ) -> torch.Tensor | None:
     """The mask in the form in which the rank passes it."""
     whole = problem.whole_mask()
     if whole is None:
         return None
+    whole = whole.to(device)
     offsets, at = {}, 0
     for name in problem.keys:
         offsets[name] = at
@@ -173,7 +178,9 @@ def local_mask(
         index = [
             offsets[name] + i for name, start, stop in spans for i in range(start, stop)
         ]
-        return mask.index_select(dim, torch.tensor(index, dtype=torch.long))
+        return mask.index_select(
+            dim, torch.tensor(index, dtype=torch.long, device=device)
+        )
 
     own = [
         (name, start, stop)
@@ -194,6 +201,7 @@ def on_rank(
     seed: int,
     patch: int | None = None,
     cache: KVCache | None = None,
+    device: str = "cpu",
 ) -> torch.Tensor:
     """This rank's output of the pass."""
     group = get_sp_group()
@@ -201,10 +209,10 @@ def on_rank(
     query, key, value = problem.tensors(seed)
     shard = group.rank_in_group
     return parallel_attention(
-        local_rows(query, problem.queries, layout, patch, shard),
-        local_rows(key, problem.keys, layout, patch, shard),
-        local_rows(value, problem.keys, layout, patch, shard),
-        attn_mask=local_mask(problem, layout, patch, shard),
+        local_rows(query, problem.queries, layout, patch, shard).to(device),
+        local_rows(key, problem.keys, layout, patch, shard).to(device),
+        local_rows(value, problem.keys, layout, patch, shard).to(device),
+        attn_mask=local_mask(problem, layout, patch, shard, device),
         is_causal=problem.is_causal,
         scale=problem.scale,
         enable_gqa=problem.heads != problem.key_heads,
