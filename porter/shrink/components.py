@@ -9,9 +9,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from . import sizes, table, text
+from . import sizes, stand_ins, table, text
 from .errors import ShrinkError
-from .tokenizers import make_tokenizer, tokenizer_for
+from .tokenizers import is_processor, make_tokenizer, tokenizer_for
 from .weights import enliven
 
 
@@ -68,7 +68,10 @@ class Components:
         changes = dict(self.changes.get(name, {}))
         cls = _resolved(changes.pop("class", self.hints[name]))
         if _is_tokenizer(name):
-            return make_tokenizer(tokenizer_for(cls, self._encoder_hint(name)))
+            tokenizer = make_tokenizer(tokenizer_for(cls, self._encoder_hint(name)))
+            if is_processor(cls):
+                return stand_ins.TextProcessor(tokenizer, tokenizer.chat_template)
+            return tokenizer
         if issubclass(cls, enum.Enum | SchedulerMixin):
             return self._scheduler(cls, changes)
         if issubclass(cls, ModelMixin):
@@ -135,7 +138,10 @@ class Components:
             ),
             None,
         )
-        model = cls(text.encoder_config(cls, tokenizer, self._width(cls), changes))
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        part = changes.pop("part", None)
+        config = text.encoder_config(cls, tokenizer, self._width(cls), changes)
+        model = cls(getattr(config, part) if part else config)
         enliven(model, self.seed)
         return model.eval()
 

@@ -41,9 +41,11 @@ def fit_widths(pipeline: Any, components: Components) -> None:
     """
     if getattr(pipeline, "transformer", None) is None:
         return
+    deepened = False
     for _ in range(ATTEMPTS):
         failure = _first_failure(pipeline)
-        if isinstance(failure, IndexError) and "text_encoder" not in components.changes:
+        if isinstance(failure, LookupError) and not deepened:
+            deepened = True
             _change(pipeline, components, "text_encoder", {"layers": DEEP})
             continue
         if not isinstance(failure, _Mismatch):

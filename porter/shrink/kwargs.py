@@ -28,7 +28,7 @@ PROMPTS = (
 
 NEGATIVE_PROMPT = "blurry, watermark"
 GUIDANCE = 4.0
-SEQUENCE_LENGTHS = (48, 80)
+SEQUENCE_LENGTHS = (48, 72)
 """`max_sequence_length` for the short and the long set."""
 
 _GUIDANCE_NAMES = ("true_cfg_scale", "guidance_scale")
@@ -82,7 +82,7 @@ def call_kwargs(
         "generator": torch.Generator("cpu").manual_seed(seed),
         "output_type": output_type,
         "max_sequence_length": SEQUENCE_LENGTHS[text],
-        "class_labels": list(range(batch_size)),
+        "class_labels": [7 * text + row for row in range(batch_size)],
         **table.CALLS,
         **_guidance(names, batch_size, guidance),
     }
@@ -101,12 +101,17 @@ def _guidance(names: Any, batch_size: int, guidance: bool) -> dict[str, Any]:
 
 def _cell(pipeline: Any) -> int:
     """Pixels along one side of a token: the VAE's compression times the patch."""
+    compression = _compression(pipeline)
     config = pipeline.transformer.config
-    patch = config.get("patch_size") or config.get("all_patch_size") or 1
-    patch = patch[-1] if isinstance(patch, list | tuple) else patch
-    if any(hasattr(pipeline, f"_{verb}_latents") for verb in ("pack", "patchify")):
-        patch = max(patch, 2)
-    return _compression(pipeline) * int(patch)
+    patches = [config.get("patch_size"), config.get("all_patch_size")]
+    patches.append(getattr(pipeline, "patch_size", None))
+    largest = max(p[-1] if isinstance(p, list | tuple) else p or 1 for p in patches)
+    packs = any(hasattr(pipeline, f"_{verb}_latents") for verb in ("pack", "patchify"))
+    processor = getattr(pipeline, "image_processor", None)
+    multiple = processor.config.vae_scale_factor if processor else compression
+    if packs and largest == 1 and multiple > compression:
+        largest = 2  # packed by the pipeline, in squares of two
+    return int(compression * largest)
 
 
 def _compression(pipeline: Any) -> int:

@@ -84,6 +84,9 @@ def backbone_config(cls: type) -> dict[str, Any]:
     for name, value in given.items():
         if _AXES.search(name):
             config[name] = _axes(value or (1, 1))
+        elif name == "mrope_section":
+            # Channels of each axis, interleaved: thirds of half a head.
+            config[name] = (HEAD_DIM // 2 // 3,) * 3
     return {name: value for name, value in config.items() if value != given[name]}
 
 

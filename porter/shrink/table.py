@@ -2,7 +2,8 @@
 
 Components' entries: pipeline class -> component -> configuration entries.  The entry
 ``class`` (``package:Name``) names what to build where the hint is abstract or None; in
-a text encoder, ``layers`` is its depth.
+a text encoder, ``layers`` is its depth and ``part`` the nested configuration that its
+class takes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
             "in_channels": 3,
             "out_channels": 3,
             "latent_channels": 64,
-            "block_out_channels": (64, 64, 64, 64, 64, 64),
+            "block_out_channels": (64, 64, 64, 64, 64, 128),
             "layers_per_block": 1,
             "spatial_compression_ratio": 32,
             "sample_size": 64,
@@ -59,6 +60,11 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
         "transformer": {
             "caption_channels": [32, 32],
             "llama_layers": [0, 1, 0, 1, 1, 0],
+            # Two axes by default, for positions that have three.
+            "axes_dims_rope": [8, 8, 8],
+            # The body scales every size to 1024 x 1024: large patches keep tokens few.
+            "patch_size": 8,
+            "in_channels": 16,
         }
     },
     # None by default: stretching factors, one for each pair of a head's width.
@@ -69,6 +75,12 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     },
     # Hinted by the abstract base; the body reads `language_model` of this one.
     "Ideogram4Pipeline": {"text_encoder": {"class": "transformers:Qwen3VLModel"}},
+    # The encoder of an encoder-decoder: built from the inner configuration.
+    "PRXPipeline": {"text_encoder": {"part": "encoder"}},
+    # None by default; the body halves it: half is the mean, half the variance.
+    "DiTPipeline": {"transformer": {"out_channels": 8}},
+    # None by default, meaning unpatched; the latents have a quarter of the packed width.
+    "NucleusMoEImagePipeline": {"transformer": {"out_channels": 16}},
     # Builds a guard model from a package of its own unless it is given one.
     "Cosmos2TextToImagePipeline": {
         "safety_checker": {"class": "porter.shrink.stand_ins:NoSafetyChecker"}

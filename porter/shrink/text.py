@@ -89,7 +89,7 @@ def _shrunk(given: Mapping[str, Any], width: int, layers: int) -> dict[str, Any]
     }
     small: dict[str, Any] = {}
     for name, value in given.items():
-        if isinstance(value, dict) and name.endswith("_config"):
+        if isinstance(value, dict) and _is_nested(name):
             small[name] = _shrunk(value, width, layers)
         elif name in _SIZES and isinstance(value, int):
             size = _SIZES[name]
@@ -97,6 +97,10 @@ def _shrunk(given: Mapping[str, Any], width: int, layers: int) -> dict[str, Any]
         elif name == "layer_types":
             small[name] = (list(value or []) * layers)[:layers] or None
     return small
+
+
+def _is_nested(name: str) -> bool:
+    return name.endswith("_config") or name in ("encoder", "decoder")
 
 
 def _fit_vocabulary(
@@ -115,7 +119,7 @@ def _fit_vocabulary(
     }
     small.update({k: v for k, v in fitted.items() if k in given})
     for name, value in small.items():
-        if isinstance(value, dict) and "text" in name:
+        if isinstance(value, dict) and _is_nested(name) and "vision" not in name:
             value.update({k: v for k, v in fitted.items() if k in given[name]})
 
 

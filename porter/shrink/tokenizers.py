@@ -1,4 +1,4 @@
-"""Small tokenizers of any transformers class, trained on the spot from a fixed text.
+"""Small tokenizers of any transformers class, made on the spot from a fixed text.
 
 A tokenizer that no hub delivers has to be made: the class's own normaliser,
 pre-tokeniser and special tokens are kept, only the vocabulary is new.  A prompt then
@@ -8,15 +8,15 @@ tokens and masks work as in a released checkpoint.
 
 from __future__ import annotations
 
+import re
 import string
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from .errors import ShrinkError
+from tokenizers.pre_tokenizers import ByteLevel
 
-VOCABULARY_SIZE = 1000
-"""Entries asked of the trainer; special tokens come on top."""
+from .errors import ShrinkError
 
 CONTEXT_LENGTH = 77
 """Longest prompt in tokens, of every tokenizer whose class states no limit."""
@@ -33,7 +33,7 @@ CORPUS = (
     "<|im_start|>user\nYou are an assistant designed to generate images<|im_end|>\n",
     " ".join(string.printable.strip()),
 )
-"""What the vocabulary is trained on: prompts, and every printable character once."""
+"""What the vocabulary knows: prompts, and every printable character once."""
 
 # The ChatML form that the chat encoders of diffusers' pipelines use.  Arguments that it
 # does not name (`enable_thinking`, tools) are accepted by Jinja and change nothing.
@@ -63,8 +63,10 @@ def make_tokenizer(tokenizer_class: Any) -> Any:
     algorithm = getattr(getattr(tokenizer_class, "model", None), "__name__", "")
     if algorithm == "Unigram":
         tokenizer = tokenizer_class(vocab=_unigram_pieces())
-    elif hasattr(tokenizer_class, "train_new_from_iterator"):
-        tokenizer = _train_backend(tokenizer_class)
+    elif algorithm == "BPE":
+        tokenizer = _make_byte_pair(tokenizer_class)
+    elif algorithm == "WordPiece":
+        tokenizer = _make_word_piece(tokenizer_class)
     elif _reads_sentencepiece(tokenizer_class):
         tokenizer = _train_sentencepiece(tokenizer_class)
     else:
@@ -83,11 +85,7 @@ def make_tokenizer(tokenizer_class: Any) -> Any:
 
 
 def tokenizer_for(hint: Any, encoder: Any) -> Any:
-    """The tokenizer class for a hint that may be an automatic one or a processor.
-
-    A processor adds pictures and videos to a tokenizer (and needs torchvision to be
-    made); calls that pass text alone reach only its tokenizer, which stands in for it.
-    """
+    """The tokenizer class for a hint that may be an automatic one or a processor."""
     from transformers import PreTrainedTokenizerBase, Qwen2Tokenizer
 
     if isinstance(hint, type) and issubclass(hint, PreTrainedTokenizerBase):
@@ -105,11 +103,18 @@ def tokenizer_for(hint: Any, encoder: Any) -> Any:
     return found
 
 
+def is_processor(hint: Any) -> bool:
+    """Whether a hint names a processor, which wraps a tokenizer."""
+    from transformers import AutoProcessor, ProcessorMixin
+
+    return isinstance(hint, type) and issubclass(hint, AutoProcessor | ProcessorMixin)
+
+
 def _unigram_pieces() -> list[tuple[str, float]]:
     """Pieces with scores, special tokens first: whole words, halves, characters.
 
-    Made by rule because the library's Unigram trainer orders pieces differently in
-    every process, and equal seeds have to give equal folders.
+    Made by rule, as byte pairs below: the library's trainers number their pieces
+    differently in every process, and equal seeds have to give equal folders.
     """
     words = list(dict.fromkeys(" ".join(CORPUS).split()))
     halves = [w[: len(w) // 2] for w in words] + [w[len(w) // 2 :] for w in words]
@@ -121,18 +126,65 @@ def _unigram_pieces() -> list[tuple[str, float]]:
     ]
 
 
-def _train_backend(tokenizer_class: Any) -> Any:
-    """Train through the class's own pipeline (transformers' tokenizers backend)."""
+def _make_word_piece(tokenizer_class: Any) -> Any:
+    """A word-piece tokenizer that knows the corpus' words and every character."""
+    characters = [*string.digits, *string.ascii_lowercase, *string.punctuation]
+    words = re.findall(r"\w+", " ".join(CORPUS).lower())
+    pieces = [*_blank(tokenizer_class).all_special_tokens, *characters]
+    pieces += [f"##{character}" for character in characters] + words
+    return tokenizer_class(
+        vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
+    )
+
+
+def _make_byte_pair(tokenizer_class: Any) -> Any:
+    """A byte-pair tokenizer whose merges spell the corpus' words from the left."""
+    blank = _blank(tokenizer_class)
+    backend = blank.backend_tokenizer
+    ending = backend.model.end_of_word_suffix or ""
+    words: dict[str, None] = {}
+    for line in CORPUS:
+        text = backend.normalizer.normalize_str(line) if backend.normalizer else line
+        pieces = [(text, (0, 0))]
+        if backend.pre_tokenizer:
+            pieces = backend.pre_tokenizer.pre_tokenize_str(text)
+        words.update(
+            dict.fromkeys(part for piece, _ in pieces for part in _split(piece))
+        )
+    symbols = sorted({*ByteLevel.alphabet(), *"".join(words), "\u2581"})
+    vocabulary = [*blank.all_special_tokens, *symbols]
+    if ending:
+        vocabulary += [symbol + ending for symbol in symbols]
+    merges: dict[tuple[str, str], None] = {}
+    for word in words:
+        spelled = [*word[:-1], word[-1] + ending]
+        left = spelled[0]
+        for right in spelled[1:]:
+            merges[left, right] = None
+            left += right
+    vocabulary += [left + right for left, right in merges]
+    numbers = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
+    return tokenizer_class(vocab=numbers, merges=list(merges))
+
+
+def _split(piece: str) -> list[str]:
+    """Words of a piece, where a class does not split at spaces itself."""
+    return (
+        [f"\u2581{word}" for word in piece.split("\u2581") if word]
+        if ("\u2581" in piece)
+        else [piece]
+    )
+
+
+def _blank(tokenizer_class: Any) -> Any:
+    """The class with no more than its special tokens."""
     try:
-        blank = tokenizer_class()
+        return tokenizer_class()
     except Exception as error:
         raise ShrinkError(
             f"tokenizer {tokenizer_class.__name__} cannot be made offline ({error})",
             expected="a class with a default vocabulary",
         ) from error
-    return blank.train_new_from_iterator(
-        list(CORPUS) * 4, VOCABULARY_SIZE, show_progress=False
-    )
 
 
 def _reads_sentencepiece(tokenizer_class: Any) -> bool:
@@ -150,7 +202,7 @@ def _train_sentencepiece(tokenizer_class: Any) -> Any:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(CORPUS * 4),
                 model_writer=stream,
-                vocab_size=VOCABULARY_SIZE,
+                vocab_size=400,
                 hard_vocab_limit=False,
                 pad_id=0,
                 eos_id=1,
