@@ -51,7 +51,7 @@ class Group:
     def name(self) -> str:
         """Name of the process group, as torch's functional collectives take it."""
         assert self.process_group is not None, "a group of one communicates with nobody"
-        return self.process_group.group_name
+        return str(self.process_group.group_name)
 
 
 @dataclass(frozen=True)

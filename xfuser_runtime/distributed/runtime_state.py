@@ -79,6 +79,8 @@ class RuntimeState:
     def __init__(self, engine_config: EngineConfig) -> None:
         self.engine_config = engine_config
         self.input_config = InputConfig()
+        self.region: BlockRegion | None = None
+        self.latent_slice: LatentSlice | None = None
         self.end_passes()
 
     @property
@@ -142,8 +144,6 @@ class RuntimeState:
         self.num_patches = 1
         self.latents_shape: tuple[int, ...] | None = None
         self._row_borders: tuple[int, ...] | None = None
-        self.region: BlockRegion | None = None
-        self.latent_slice: LatentSlice | None = None
         self.cfg_batch_is_split = False
         self.cfg_branches_are_split = False
         self.start_pass(step=-1, patch=None)
