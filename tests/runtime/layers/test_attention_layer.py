@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +14,7 @@ from torch import nn
 
 from tests.ranks import RankError, run_ranks
 from tests.runtime.layers.modules import (
-    WIDTH,
     HeadsFirstProcessor,
-    MixinAttention,
     OtherProcessor,
     OwnAttention,
     TinyModel,
@@ -25,70 +22,31 @@ from tests.runtime.layers.modules import (
     attention,
     xFuserHeadsFirstProcessorWrapper,
 )
+from tests.runtime.layers.session import (
+    CAUGHT,
+    GATE,
+    TOKENS,
+    enter,
+    error,
+    mixin_attention,
+    start,
+    tokens,
+)
 from xfuser_runtime.attention import parallel_attention
-from xfuser_runtime.config import EngineConfig, ParallelConfig, RuntimeConfig
-from xfuser_runtime.distributed.layout import Segment, TokenLayout
 from xfuser_runtime.distributed.parallel_state import (
     get_sp_group,
-    initialize_model_parallel,
 )
 from xfuser_runtime.distributed.runtime_state import (
-    RuntimeState,
     destroy_runtime_state,
-    initialize_runtime_state,
 )
 from xfuser_runtime.layers import attention as attention_layer
-from xfuser_runtime.layers import reset_kv_caches, wrap_attention
-
-GATE, CAUGHT = 5e-6, 30.0
-TOKENS = 11
-
-
-def start(ulysses: int = 1, ring: int = 1, backend: str | None = None) -> RuntimeState:
-    config = ParallelConfig(ulysses_degree=ulysses, ring_degree=ring)
-    if ulysses * ring > 1:
-        initialize_model_parallel(config)
-    return initialize_runtime_state(
-        EngineConfig(
-            parallel_config=config,
-            runtime_config=RuntimeConfig(attention_backend=backend),
-        )
-    )
-
-
-def enter(
-    state: RuntimeState, patches: int = 1, patch: int | None = None, call: int = 0
-) -> TokenLayout:
-    """Enter a block region as the transformer wrapper does, with a fresh region object."""
-    layout = TokenLayout(
-        (Segment("image", TOKENS, split_by_patch=True),),
-        patches,
-        get_sp_group().world_size,
-    )
-    state.call_index = call
-    state.region = SimpleNamespace(layout=layout, patch=patch, call_index=call)
-    return layout
+from xfuser_runtime.layers import wrap_attention
 
 
 @pytest.fixture(autouse=True)
 def _no_session() -> Iterator[None]:
     yield
     destroy_runtime_state()
-
-
-def tokens(seed: int = 0, batch: int = 2) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, TOKENS, WIDTH, generator=generator)
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    found, expected = found.detach(), expected.detach()
-    return float((found - expected).norm() / expected.norm())
-
-
-def mixin_attention() -> MixinAttention:
-    torch.manual_seed(1)
-    return MixinAttention().eval()
 
 
 def parallel_error(
@@ -299,164 +257,6 @@ class TestProcessors:
         enter(state)
         with pytest.raises(ValueError, match="'sdpa_flash' cannot run"):
             module(tokens())
-
-
-class TestCaches:
-    """One rank; each pass has tokens of its own, so stale rows are told from fresh ones."""
-
-    def rows(self, layout: TokenLayout, patch: int) -> slice:
-        ((first, last),) = layout.ranges("image", patch, 0)
-        return slice(first, last)
-
-    def run(
-        self,
-        module: nn.Module,
-        state: RuntimeState,
-        seed: int,
-        *,
-        step: int,
-        patch: int | None,
-        call: int = 0,
-    ) -> torch.Tensor:
-        state.start_pass(step=step, patch=patch)
-        layout = enter(state, patches=2, patch=patch, call=call)
-        x = tokens(seed) if patch is None else tokens(seed)[:, self.rows(layout, patch)]
-        with torch.no_grad():
-            return module(x)
-
-    def expected(self, fresh: int, stale: int, patch: int, make: Any) -> torch.Tensor:
-        """Patch rows of the module on tokens that are fresh in the patch, stale elsewhere.
-
-        Right for one layer: its keys are functions of the tokens alone.
-        """
-        layout = TokenLayout((Segment("image", TOKENS, split_by_patch=True),), 2, 1)
-        mixed, here = tokens(stale).clone(), self.rows(layout, patch)
-        mixed[:, here] = tokens(fresh)[:, here]
-        with torch.no_grad():
-            return make()(mixed)[:, here]
-
-    @pytest.mark.parametrize("make", [attention, mixin_attention])
-    def test_patch_attends_to_stale_rows(self, make: Any) -> None:
-        state = start()
-        module = wrap_attention(make(), ("image",), ("image",))
-        self.run(module, state, 1, step=0, patch=None)
-        found = self.run(module, state, 2, step=1, patch=0)
-        assert error(found, self.expected(2, 1, 0, make)) <= GATE
-        # Sabotage twin: the very same check fails for a patch that sees fresh rows only.
-        assert error(found, self.expected(2, 2, 0, make)) >= CAUGHT * GATE
-
-    def test_transformer_calls_never_share(self) -> None:
-        state = start()
-        module = wrap_attention(attention(), ("image",), ("image",))
-        self.run(module, state, 1, step=0, patch=None, call=0)
-        self.run(module, state, 2, step=0, patch=None, call=1)
-        first = self.run(module, state, 3, step=1, patch=0, call=0)
-        second = self.run(module, state, 4, step=1, patch=0, call=1)
-        assert error(first, self.expected(3, 1, 0, attention)) <= GATE
-        assert error(second, self.expected(4, 2, 0, attention)) <= GATE
-        assert error(first, self.expected(3, 2, 0, attention)) >= CAUGHT * GATE
-
-    def test_two_uses_in_one_forward_never_share(self) -> None:
-        state = start()
-        module = wrap_attention(attention(), ("image",), ("image",))
-        region = None
-        for seed in (1, 2):
-            if region is None:
-                self.run(module, state, seed, step=0, patch=None)
-                region = state.region
-            else:
-                state.region = region
-                module(tokens(seed))
-        site = vars(module)["_xfuser_attention_site"]
-        assert sorted(site.caches._held) == [(0, 0), (0, 1)]
-
-    def test_a_new_run_without_warm_up_starts_empty(self) -> None:
-        state = start()
-        module = wrap_attention(attention(), ("image",), ("image",))
-
-        def run() -> list[torch.Tensor]:
-            return [
-                self.run(module, state, 10 + patch, step=0, patch=patch)
-                for patch in range(2)
-            ]
-
-        first, second = run(), run()
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-
-    def test_reset_frees_the_caches(self) -> None:
-        state = start()
-        model = nn.ModuleList([wrap_attention(attention(), ("image",), ("image",))])
-        self.run(model[0], state, 1, step=0, patch=None)
-        reset_kv_caches(model)
-        assert not vars(model[0])["_xfuser_attention_site"].caches._held
-
-
-def test_compiles_in_one_graph_under_ulysses() -> None:
-    def body(rank: int) -> tuple[torch.Tensor, int]:
-        state = start(2)
-        module = wrap_attention(attention(), ("image",), ("image",))
-        layout = enter(state)
-        ((first, last),) = layout.ranges("image", None, rank)
-        graphs = []
-
-        def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-            graphs.append(graph)
-            return graph.forward
-
-        compiled = torch.compile(module.processor, backend=count, fullgraph=True)
-        with torch.no_grad():
-            for seed in (0, 1):
-                enter(state)  # a region object of its own for every pass
-                found = compiled(module, tokens(seed)[:, first:last])
-        return found, len(graphs)
-
-    results = run_ranks(body, 2, timeout=120)
-    assert [graphs for _, graphs in results] == [1, 1]
-    found = torch.cat([rows for rows, _ in results], dim=1)
-    assert error(found, attention()(tokens(1))) <= GATE
-
-
-@pytest.mark.parametrize("mode", [(1, 2), (2, 2)])
-def test_compiles_around_the_ring_and_the_cache(mode: tuple[int, int]) -> None:
-    """The ring and the cache run between two graphs; nothing is compiled again per pass."""
-
-    def body(rank: int) -> list[torch.Tensor]:
-        state = start(*mode)
-        module = wrap_attention(attention(), ("image",), ("image",))
-        graphs = []
-
-        def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-            graphs.append(graph)
-            return graph.forward
-
-        compiled = torch.compile(module.processor, backend=count)
-        found, made = [], []
-        with torch.no_grad():
-            for step in range(3):
-                state.start_pass(step=step, patch=None)
-                layout = enter(state, patches=2)
-                spans = layout.ranges("image", None, rank)
-                rows = [tokens(step)[:, first:last] for first, last in spans]
-                found.append(compiled(module, torch.cat(rows, dim=1)))
-                made.append(len(graphs))
-        assert made[1] == made[2]
-        return found
-
-    ranks = mode[0] * mode[1]
-    results = run_ranks(body, ranks, timeout=120)
-    layout = TokenLayout((Segment("image", TOKENS, split_by_patch=True),), 2, ranks)
-    order = torch.tensor(
-        [
-            row
-            for rank in range(ranks)
-            for first, last in layout.ranges("image", None, rank)
-            for row in range(first, last)
-        ]
-    )
-    for step in range(3):
-        found = torch.cat([result[step] for result in results], dim=1)
-        with torch.no_grad():
-            assert error(found, attention()(tokens(step))[:, order]) <= GATE
 
 
 def test_wrong_rows_are_refused() -> None:
