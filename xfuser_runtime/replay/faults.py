@@ -203,12 +203,12 @@ def _replica_rows_swapped(fault: Fault) -> None:
     """Every replica takes the rows of the next one."""
 
     def broken(original: Callable[..., Any]) -> Callable[..., Any]:
-        def rank() -> int:
-            return (original() + 1) % data_parallel.get_data_parallel_world_size()
+        def share(batch: int, images: int, replica: int, replicas: int) -> Any:
+            return original(batch, images, (replica + 1) % replicas, replicas)
 
-        return rank
+        return share
 
-    fault.replace(data_parallel, "get_data_parallel_rank", broken)
+    fault.replace(data_parallel.Share, "of_replica", broken)
 
 
 def _stage_hand_over_dropped(fault: Fault) -> None:

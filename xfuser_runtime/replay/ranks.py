@@ -153,6 +153,8 @@ def _run_calls(
             if output is not None:
                 _store(output_tensors(output), folder, name)
         report["reached"] = fault is not None and fault.reached
+    # A rank that exits while another still receives from it would break the connection.
+    torch.distributed.barrier()
 
 
 def _store(tensors: list[torch.Tensor], folder: Path, call: str) -> None:
