@@ -30,6 +30,7 @@ from xfuser_runtime.pipelines.data_parallel import enable_data_parallel
 from xfuser_runtime.pipelines.denoising_loop import DenoisingLoop
 from xfuser_runtime.randomness import same_randomness
 from xfuser_runtime.schedulers import wrap_scheduler
+from xfuser_runtime.transformers import xFuserTransformerBaseWrapper
 from xfuser_runtime.transformers.register import xFuserTransformerWrappersRegister
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -115,9 +116,12 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
                 return upstream_class(type(self)).__call__(self, *args, **kwargs)
             with same_randomness(group, args, kwargs):
                 try:
-                    return function(self, *args, **kwargs)
+                    output = function(self, *args, **kwargs)
+                    self._finish_sends()
+                    return output
                 finally:
-                    self._end_loop()
+                    self.__dict__.pop("_xfuser_loop", None)
+                    get_runtime_state().end_passes()
 
         return checked  # type: ignore[return-value]
 
@@ -198,10 +202,15 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
         loop: DenoisingLoop = self.__dict__["_xfuser_loop"]
         return loop
 
-    def _end_loop(self) -> None:
-        loop = self.__dict__.pop("_xfuser_loop", None)
-        if loop is not None:
-            loop.finish()
+    def _finish_sends(self) -> None:
+        """Wait until the other stages have what this one sent them: a message that is on
+        its way is lost with the objects that hold it."""
+        if "_xfuser_loop" in self.__dict__:
+            self._loop.finish_sends()
+        for component in self.components.values():  # type: ignore[attr-defined]
+            inner = getattr(component, "_orig_mod", component)
+            if isinstance(inner, xFuserTransformerBaseWrapper):
+                inner.finish_sends()
 
     def _agree_to_interrupt(self) -> None:
         """After a step with a callback: if one rank wants to stop, all stop."""

@@ -121,11 +121,10 @@ class DenoisingLoop:
             )
         return latents
 
-    def finish(self) -> None:
-        """Leave no send unfinished and no pass state behind."""
+    def finish_sends(self) -> None:
+        """Wait until the first stage has what this one sent it."""
         if self._channel is not None:
             self._channel.wait()
-        self._state.end_passes()
 
     @property
     def _is_first(self) -> bool:

@@ -217,6 +217,11 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         """Zeros of the final output's shape, on a stage that is not the last."""
         return first_tensor(self._wrapping.template.zeros())
 
+    def finish_sends(self) -> None:
+        """Wait until the next stage has what this one handed over."""
+        if self._wrapping.plan.num_stages > 1:
+            self._wrapping.channel().wait()
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """Upstream's; refused where this rank holds the blocks of one stage only."""
         if self._wrapping.plan.num_stages > 1:

@@ -8,12 +8,14 @@ from porter.rules.base import Rule
 from porter.rules.transformer.block_guard import BlockGuard
 from porter.rules.transformer.block_region import BlockRegion
 from porter.rules.transformer.first_stage_pos_embed import FirstStagePosEmbed
+from porter.rules.transformer.forward_check_condition import ForwardCheckCondition
 from porter.rules.transformer.init_submodules import InitSubmodules
 from porter.rules.transformer.last_stage_output import LastStageOutput
 from porter.rules.transformer.patch_height_width import PatchHeightWidth
 
 RULES: tuple[type[Rule[Any]], ...] = (
     InitSubmodules,
+    ForwardCheckCondition,
     PatchHeightWidth,
     FirstStagePosEmbed,
     BlockRegion,

@@ -31,20 +31,23 @@ class PatchHeightWidth(Rule[Forward]):
     def edits(self, module: ParsedModule, facts: Forward) -> Sequence[Edit]:
         """One edit where the assignment exists."""
         return [
-            self.replace(module, value, "self._get_patch_height_width()", at=statement)
+            self.replace(
+                module, statement, f"{targets} = self._get_patch_height_width()"
+            )
             for statement in facts.before_regions
-            if (value := _sizes(statement)) is not None
+            if (targets := _targets_of_sizes(module, statement))
         ]
 
 
-def _sizes(statement: cst.CSTNode) -> cst.Tuple | None:
+def _targets_of_sizes(module: ParsedModule, statement: cst.CSTNode) -> str:
+    """The targets of an assignment of the two sizes, else the empty string."""
     if not isinstance(statement, cst.SimpleStatementLine):
-        return None
+        return ""
     assign = statement.body[0]
     if not isinstance(assign, cst.Assign) or not isinstance(assign.value, cst.Tuple):
-        return None
+        return ""
     found = [_size_of(element.value) for element in assign.value.elements]
-    return assign.value if found == [-2, -1] else None
+    return module.source(assign.targets[0].target) if found == [-2, -1] else ""
 
 
 def _size_of(node: cst.BaseExpression) -> int | None:
