@@ -106,9 +106,13 @@ def copied_attributes(attributes: dict[str, Any]) -> dict[str, Any]:
     """A deep copy of a scheduler's own attributes.
 
     Tensors that are no leaves of autograd are detached, which `deepcopy` would refuse.
+    Callables (noise samplers, which cannot all be copied) are shared: what they return
+    depends on what they are asked, and the measurement of the first steps asks twice.
     """
     own = without_copies(attributes)
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {
+        id(value): value for value in own.values() if callable(value)
+    }
     for value in own.values():
         for item in value if isinstance(value, (list, tuple)) else (value,):
             if isinstance(item, torch.Tensor) and not item.is_leaf:

@@ -45,7 +45,8 @@ def refuse_config(scheduler: Any) -> None:
     """Refuse settings that make a step look at the whole sample.
 
     Raises:
-        NotSupportedError: for dynamic thresholding, which ranks the values of the whole sample.
+        NotSupportedError: for dynamic thresholding, which ranks the values of the whole
+            sample.
     """
     if scheduler.config.get("thresholding", False):
         raise not_supported(

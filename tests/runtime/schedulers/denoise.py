@@ -85,6 +85,7 @@ def denoise(
     *,
     steps: int = 6,
     kind: str = "none",
+    seed: int = 5,
     state: RuntimeState | None = None,
     warmup: int = 0,
     borders: tuple[int, ...] = (),
@@ -98,7 +99,7 @@ def denoise(
     **kwargs: Any,
 ) -> Run:
     """Denoise from the same start; patch by patch after `warmup` steps, given a `state`."""
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     latents = first_latents(shape)
     generator = generators(kind, shape[0])
     begin(scheduler, steps)

