@@ -21,6 +21,10 @@ from xfuser_runtime.errors import NotSupportedError
 KINDS = ("dp", "cfg", "pp", "pipefusion", "ring", "ulysses")
 
 
+class UnprovenWarning(UserWarning):
+    """A mode without a proof runs because it was allowed to."""
+
+
 @dataclass(frozen=True)
 class Proofs:
     """The valid proofs of one port.
@@ -44,27 +48,25 @@ class Proofs:
             NotSupportedError: a mode is lacking; or unproven, and `allow_unproven` does not
                 make that a warning.
         """
-        for kind in used_kinds(engine_config):
-            if kind in self.refused:
+        needed = list(needed_proofs(engine_config))
+        proven = ", ".join(sorted(filter(self._has, self.modes))) or "none"
+        for mode in needed:
+            if mode in self.refused:
                 raise NotSupportedError(
-                    f"{self.port}: mode `{kind}` was refused by porter "
-                    f"({self.refused[kind]}), expected one of the proven modes: "
-                    f"{self._proven()}"
+                    f"{self.port}: mode `{mode}` was refused by porter "
+                    f"({self.refused[mode]}), expected one of the proven modes: {proven}"
                 )
-        missing = [mode for mode in needed_proofs(engine_config) if not self._has(mode)]
+        missing = [mode for mode in needed if not self._has(mode)]
         if not missing:
             return
         text = (
             f"{self.port}: {_plural('mode', missing)} not proven"
             f"{f' ({self.stale})' if self.stale else ''}, expected one of the proven "
-            f"modes: {self._proven()}; run `porter verify {self.port}` or pass --allow_unproven"
+            f"modes: {proven}; run `porter verify {self.port}`"
         )
         if not engine_config.runtime_config.allow_unproven:
-            raise NotSupportedError(text)
-        warnings.warn(text, stacklevel=2)
-
-    def _proven(self) -> str:
-        return ", ".join(sorted(filter(self._has, self.modes))) or "none"
+            raise NotSupportedError(f"{text} or pass --allow_unproven")
+        warnings.warn(text, UnprovenWarning, stacklevel=2)
 
     def _has(self, mode: str) -> bool:
         return not self.stale and mode in self.modes

@@ -13,14 +13,15 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from xfuser_runtime.args import xFuserArgs
 from xfuser_runtime.base_wrapper import upstream_class
-from xfuser_runtime.config import EngineConfig, InputConfig, ParallelConfig
+from xfuser_runtime.config import EngineConfig, InputConfig, world_size_of_environment
 from xfuser_runtime.errors import (
     ConfigError,
     InputError,
@@ -30,7 +31,7 @@ from xfuser_runtime.errors import (
 
 _DTYPES = ("float32", "bfloat16", "float16")
 #: Seconds that other ranks of a host leave the first one to say what is wrong with all.
-_GRACE = 5.0
+_GRACE = 20.0
 
 _DESCRIPTION = """\
 Run a port that `porter add-model` made, on one process or on all ranks of torchrun.
@@ -56,35 +57,6 @@ examples:
 
 exit codes: 0 done; 1 refused (an unproven mode, a flag without an implementation, a
 stale or hand-edited port) or a failure during the run; 2 wrong input."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a run took. Times are of this rank, memory is the largest of all ranks.
-
-    Attributes:
-        layout: the degrees above 1, for example `cfg 2 x ulysses 2`.
-        load_seconds, run_seconds: loading the checkpoint; the pipeline call.
-        step_seconds: the call by its number of steps, text encoding and VAE included.
-        peak_bytes: memory allocated on the device, or the process's memory on CPU.
-    """
-
-    name: str
-    layout: str
-    world_size: int
-    load_seconds: float
-    run_seconds: float
-    step_seconds: float
-    peak_bytes: int
-
-    def lines(self) -> str:
-        """The report for a reader."""
-        return (
-            f"{self.name}: {self.layout}\n"
-            f"load {self.load_seconds:.2f} s, run {self.run_seconds:.2f} s "
-            f"({self.step_seconds:.3f} s a step), "
-            f"peak memory {self.peak_bytes / 2**20:.0f} MiB a rank"
-        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,19 +124,6 @@ def build_parser() -> argparse.ArgumentParser:
     return xFuserArgs.add_cli_args(parser)
 
 
-def layout_name(config: ParallelConfig) -> str:
-    """The degrees above 1, outermost first: `data 2 x cfg 2 x stages 2 x ring 2`."""
-    degrees = {
-        "data": config.data_parallel_degree,
-        "cfg": config.cfg_degree,
-        "stages": config.pipefusion_parallel_degree,
-        "ring": config.ring_degree,
-        "ulysses": config.ulysses_degree,
-    }
-    used = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1]
-    return " x ".join(used) or "one process"
-
-
 def check_checkpoint(folder: str | None, class_name: str) -> Path:
     """The checkpoint folder, if it holds a pipeline of this class.
 
@@ -198,8 +157,13 @@ def check_checkpoint(folder: str | None, class_name: str) -> Path:
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.stock and world_size_of_environment() != 1:
+        raise ConfigError(
+            f"--stock on {world_size_of_environment()} processes, expected 1; "
+            "start it with python, not torchrun"
+        )
     engine_config, input_config = xFuserArgs.from_cli_args(args).create_config()
-    _check_inputs(args, engine_config, input_config)
+    _check_inputs(args, input_config)
     # Not before the flags are checked: these imports take seconds.
     from xfuser_runtime import session
     from xfuser_runtime.loader import load_pipeline_class, load_upstream_class
@@ -211,7 +175,7 @@ def _run(args: argparse.Namespace) -> int:
     else:
         cls = load_pipeline_class(args.name, generated=args.generated)
         folder = check_checkpoint(args.model, upstream_class(cls).__name__)
-        cls.check_proven(engine_config)
+        _check_proven(cls, engine_config)
     arguments = call_arguments(cls, args, input_config)
     with session.open_session(
         cls,
@@ -225,30 +189,28 @@ def _run(args: argparse.Namespace) -> int:
         if output is not None:
             stream = sys.stderr if args.json else sys.stdout
             session.save(output, args.output, args.reference, stream)
-        report = Report(
-            name=cls.__name__,
-            layout=layout_name(engine_config.parallel_config),
-            world_size=engine_config.parallel_config.world_size,
-            load_seconds=running.load_seconds,
-            run_seconds=running.run_seconds,
-            step_seconds=running.run_seconds / input_config.num_inference_steps,
-            peak_bytes=running.peak_bytes(),
-        )
+        report = running.report(cls.__name__, input_config.num_inference_steps)
         if running.rank == 0:
             print(json.dumps(asdict(report)) if args.json else report.lines())
     return 0
 
 
-def _check_inputs(
-    args: argparse.Namespace, engine_config: EngineConfig, input_config: InputConfig
-) -> None:
+def _check_proven(cls: Any, engine_config: EngineConfig) -> None:
+    """As wrapping does later, but before any collective; a warning is said once."""
+    from xfuser_runtime.proofs import UnprovenWarning
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UnprovenWarning)
+        cls.check_proven(engine_config)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for warning in caught:
+            print(f"warning: {warning.message}", file=sys.stderr, flush=True)
+    warnings.simplefilter("ignore", UnprovenWarning)
+
+
+def _check_inputs(args: argparse.Namespace, input_config: InputConfig) -> None:
     if not input_config.prompt:
         raise InputError('no prompt, expected one; pass --prompt "..."')
-    if args.stock and engine_config.world_size != 1:
-        raise ConfigError(
-            f"--stock on {engine_config.world_size} processes, expected 1; "
-            "start it with python, not torchrun"
-        )
     if args.reference is not None and not args.reference.is_file():
         raise InputError(
             f"{args.reference}: no such file, expected a picture; check --reference"

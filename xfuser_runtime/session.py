@@ -29,6 +29,55 @@ from xfuser_runtime.distributed.launch import fail_together, prepare_environment
 from xfuser_runtime.images import image_difference, save_output
 
 
+@dataclass(frozen=True)
+class Report:
+    """What a run took. Times are of this rank, memory is the largest of all ranks.
+
+    Attributes:
+        layout: the degrees above 1, for example `cfg 2 x ulysses 2`.
+        load_seconds, run_seconds: loading the checkpoint; the pipeline call.
+        step_seconds: the call by its number of steps, text encoding and VAE included.
+        peak_bytes: memory allocated on the device, or the process's memory on CPU.
+    """
+
+    name: str
+    layout: str
+    world_size: int
+    load_seconds: float
+    run_seconds: float
+    step_seconds: float
+    peak_bytes: int
+
+    def lines(self) -> str:
+        """The report for a reader."""
+        ranks = f" on {self.world_size} ranks" if self.world_size > 1 else ""
+        return (
+            f"{self.name}: {self.layout}{ranks}\n"
+            f"load {self.load_seconds:.2f} s, run {self.run_seconds:.2f} s "
+            f"({self.step_seconds:.3f} s a step), "
+            f"peak memory {self.peak_bytes / 2**20:.0f} MiB a rank"
+        )
+
+
+def layout_name(config: EngineConfig) -> str:
+    """The degrees above 1, outermost first: `cfg 2 x stages 2 (3 patches, warm-up 1)`."""
+    parallel, runtime = config.parallel_config, config.runtime_config
+    degrees = {
+        "data": parallel.data_parallel_degree,
+        "cfg": parallel.cfg_degree,
+        "stages": parallel.pipefusion_parallel_degree,
+        "ring": parallel.ring_degree,
+        "ulysses": parallel.ulysses_degree,
+    }
+    used = {name: f"{name} {n}" for name, n in degrees.items() if n > 1}
+    if "stages" in used and runtime.num_pipeline_patch > 1:
+        patches = (
+            f"{runtime.num_pipeline_patch} patches, warm-up {runtime.warmup_steps}"
+        )
+        used["stages"] += f" ({patches})"
+    return " x ".join(used.values()) or "one process"
+
+
 @dataclass
 class Session:
     """A loaded pipeline on this rank.
@@ -41,6 +90,7 @@ class Session:
 
     pipeline: Any
     device: torch.device
+    engine_config: EngineConfig
     rank: int
     load_seconds: float
     run_seconds: float = 0.0
@@ -52,8 +102,19 @@ class Session:
         self.run_seconds = self._now() - start
         return output
 
-    def peak_bytes(self) -> int:
-        """The largest peak memory of all ranks; every rank must call it."""
+    def report(self, name: str, num_steps: int) -> Report:
+        """What loading and the last call took; a collective call."""
+        return Report(
+            name=name,
+            layout=layout_name(self.engine_config),
+            world_size=self.engine_config.parallel_config.world_size,
+            load_seconds=self.load_seconds,
+            run_seconds=self.run_seconds,
+            step_seconds=self.run_seconds / num_steps,
+            peak_bytes=self._peak_bytes(),
+        )
+
+    def _peak_bytes(self) -> int:
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
         else:
@@ -84,15 +145,15 @@ def open_session(
         dtype: name of the weights' dtype; None is float32 on CPU, bfloat16 on CUDA.
         tracebacks: show the traceback of every error on the rank that raised it.
     """
-    with (
-        fail_together(),
-        _shown_tracebacks() if tracebacks else contextlib.nullcontext(),
-    ):
+    joined_before = torch.distributed.is_initialized()
+    shown = _shown_tracebacks() if tracebacks else contextlib.nullcontext()
+    with fail_together(), shown:
         prepare_environment(engine_config)
         yield _load(cls, folder, engine_config, stock=stock, dtype=dtype)
     destroy_runtime_state()
     destroy_model_parallel()
-    destroy_distributed_environment()
+    if not joined_before:
+        destroy_distributed_environment()
 
 
 @contextlib.contextmanager
@@ -129,7 +190,8 @@ def _load(
         pipeline = cls.from_pretrained(folder, engine_config, **options)
     pipeline.to(device)
     pipeline.set_progress_bar_config(disable=rank != 0)
-    return Session(pipeline, device, rank, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Session(pipeline, device, engine_config, rank, seconds)
 
 
 def _dtype_keyword() -> str:
