@@ -68,7 +68,7 @@ class ToyJointPipeline(DiffusionPipeline):
         inputs = self.tokenizer(
             prompt,
             padding="longest",
-            pad_to_multiple_of=16,
+            pad_to_multiple_of=8,
             max_length=max_sequence_length,
             truncation=True,
             return_tensors="pt",
