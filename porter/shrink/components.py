@@ -90,7 +90,8 @@ class Components:
     def _is_component(self, name: str) -> bool:
         """Whether a parameter is a component to make, and not a number or a flag."""
         optional = self.pipeline_class._optional_components
-        if name in optional and not _is_text(name) and name not in self.changes:
+        needed = _is_text(name) or name == "vae" or name in self.changes
+        if name in optional and not needed:
             return False
         hint = self.hints[name]
         return isinstance(hint, type) and hint not in (bool, int, float, str)
@@ -98,7 +99,9 @@ class Components:
     def _scheduler(self, cls: Any, changes: dict[str, Any]) -> Any:
         if issubclass(cls, enum.Enum):
             # Any of the compatible ones: the solver that most of these pipelines name.
-            from diffusers import DPMSolverMultistepScheduler as cls
+            import diffusers
+
+            cls = diffusers.DPMSolverMultistepScheduler
         parameters = inspect.signature(cls.__init__).parameters
         module = sys.modules[self.pipeline_class.__module__]
         if hasattr(module, "calculate_shift") and "use_dynamic_shifting" in parameters:
@@ -139,9 +142,7 @@ class Components:
             None,
         )
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-        part = changes.pop("part", None)
-        config = text.encoder_config(cls, tokenizer, self._width(cls), changes)
-        model = cls(getattr(config, part) if part else config)
+        model = cls(text.encoder_config(cls, tokenizer, self._width(cls), changes))
         enliven(model, self.seed)
         return model.eval()
 

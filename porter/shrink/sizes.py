@@ -53,7 +53,7 @@ _NOT_A_WIDTH = re.compile(r"sample_size|patch|max_size|pos_embed|vocab|codebook|
 
 def defaults(cls: type) -> dict[str, Any]:
     """``__init__`` parameters of ``cls`` with their defaults (None where required)."""
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    parameters = list(inspect.signature(cls).parameters.values())
     return {
         p.name: None if p.default is p.empty else p.default
         for p in parameters

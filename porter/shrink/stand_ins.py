@@ -10,10 +10,10 @@ from diffusers.configuration_utils import register_to_config
 from transformers import ProcessorMixin
 
 
-class NoSafetyChecker(ModelMixin, ConfigMixin):
+class NoSafetyChecker(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Passes every text and every picture; has a parameter so that it can be saved."""
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self) -> None:
         super().__init__()
         self.placeholder = torch.nn.Parameter(torch.zeros(1))
@@ -27,7 +27,7 @@ class NoSafetyChecker(ModelMixin, ConfigMixin):
         return frames
 
 
-class TextProcessor(ProcessorMixin):
+class TextProcessor(ProcessorMixin):  # type: ignore[misc]
     """A processor with a tokenizer alone: what is left of one when no picture comes.
 
     The library's processors for pictures and videos cannot be made without torchvision.

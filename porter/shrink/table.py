@@ -2,8 +2,7 @@
 
 Components' entries: pipeline class -> component -> configuration entries.  The entry
 ``class`` (``package:Name``) names what to build where the hint is abstract or None; in
-a text encoder, ``layers`` is its depth and ``part`` the nested configuration that its
-class takes.
+a text encoder, ``layers`` is its depth.
 """
 
 from __future__ import annotations
@@ -75,8 +74,9 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     },
     # Hinted by the abstract base; the body reads `language_model` of this one.
     "Ideogram4Pipeline": {"text_encoder": {"class": "transformers:Qwen3VLModel"}},
-    # The encoder of an encoder-decoder: built from the inner configuration.
-    "PRXPipeline": {"text_encoder": {"part": "encoder"}},
+    # The hinted half of an encoder-decoder is built from an inner configuration that the
+    # stock loader does not find again; a decoder of the same family stands in.
+    "PRXPipeline": {"text_encoder": {"class": "transformers:Gemma2Model"}},
     # None by default; the body halves it: half is the mean, half the variance.
     "DiTPipeline": {"transformer": {"out_channels": 8}},
     # None by default, meaning unpatched; the latents have a quarter of the packed width.
