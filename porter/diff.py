@@ -104,12 +104,21 @@ def _tags(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Rules and sections of the edits that touch ranges of upstream lines."""
     module = unit.rewrite.module
+    places = [
+        (
+            module.text.count("\n", 0, edit.start) + 1,
+            module.text.count("\n", 0, edit.end) + 1,
+            edit,
+        )
+        for edit in unit.rewrite.edits
+    ]
     rules: dict[str, None] = {}
     manual: dict[str, None] = {}
-    for edit in unit.rewrite.edits:
-        first = module.text.count("\n", 0, edit.start) + 1
-        last = module.text.count("\n", 0, edit.end) + 1
-        if any(first <= stop and start <= last + 1 for start, stop in changed):
-            rules.update(dict.fromkeys(edit.rule.split(", ")))
-            manual.update(dict.fromkeys(edit.manual.split(", ")))
+    for start, stop in changed:
+        away = [max(first - stop, start - last, 0) for first, last, _ in places]
+        # A diff may slide an insertion over equal lines: the nearest edit made it.
+        for distance, (_, _, edit) in zip(away, places, strict=True):
+            if distance <= max(1, min(away)):
+                rules.update(dict.fromkeys(edit.rule.split(", ")))
+                manual.update(dict.fromkeys(edit.manual.split(", ")))
     return tuple(rules), tuple(manual)

@@ -99,7 +99,7 @@ def load(name: str) -> Upstream:
             f"no class {class_name} in {module_name}",
             expected=f"one of {', '.join(sorted(_classes(path))) or 'its classes'}",
         )
-    module = _parsed(path, module_name)
+    module = _parsed(path, module_name, class_name)
     text = module.source(module.class_def(class_name))
     return Upstream(class_name, module, library_version(), sha256(text))
 
@@ -118,6 +118,17 @@ def pipeline_classes() -> list[str]:
                 if "__call__" in methods:
                     found.append(node.name)
     return sorted(found)
+
+
+def _public_pipelines() -> list[str]:
+    """Names of pipeline classes that the library exports, read from one file."""
+    names = (
+        node.value
+        for statement in _top_level(package_root(LIBRARY) / "__init__.py")
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    return sorted({n for n in names if n.endswith("Pipeline") and n.isidentifier()})
 
 
 def denoiser_parameters(node: ast.ClassDef) -> dict[str, str]:
@@ -207,9 +218,9 @@ def _is_lazy_package(module_name: str) -> bool:
 
 
 @cache
-def _parsed(path: Path, module_name: str) -> ParsedModule:
+def _parsed(path: Path, module_name: str, class_name: str) -> ParsedModule:
     text = path.read_text(encoding="utf-8")
-    return ParsedModule(module_name, _display(path, module_name), text)
+    return ParsedModule(module_name, _display(path, module_name), text, only=class_name)
 
 
 def _display(path: Path, module_name: str) -> str:
@@ -275,7 +286,7 @@ def _find_class(name: str) -> Path:
             expected="one",
             todo=f"write module:{name} with one of {places}",
         )
-    near = difflib.get_close_matches(name, pipeline_classes(), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, _public_pipelines(), n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}?" if near else "check the spelling"
     raise PorterError(
         f"unknown class {name}",

@@ -1,0 +1,61 @@
+# facts: {"cfg_style": "batched", "cfg_axes": {"hidden_states": 0, "prompt_embeds": 0}}
+class ToyPipeline(DiffusionPipeline):
+    def __init__(self, transformer, scheduler, vae):
+        super().__init__()
+
+    @torch.no_grad()
+    def __call__(self, prompt=None, num_inference_steps=8, output_type="pil"):
+        batch_size = len(prompt)
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(prompt)
+        if self.do_classifier_free_guidance:
+            prompt_embeds = torch.cat([negative_prompt_embeds, prompt_embeds], dim=0)
+            prompt_mask = torch.cat([negative_prompt_mask, prompt_mask])
+        timesteps = self.scheduler.timesteps
+        latents = self.prepare_latents(batch_size)
+
+        # the loop
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                noise_pred = self.transformer(latents, timestep=t, prompt_embeds=prompt_embeds, mask=prompt_mask)[0]
+                latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
+
+                progress_bar.update()
+
+        if output_type == "latent":
+            return latents
+
+        # back to pixels
+        image = self.vae.decode(latents)
+        self.maybe_free_model_hooks()
+        return image
+# output
+class ToyPipeline(DiffusionPipeline):
+    def __init__(self, transformer, scheduler, vae):
+        super().__init__()
+
+    @torch.no_grad()
+    def __call__(self, prompt=None, num_inference_steps=8, output_type="pil"):
+        batch_size = len(prompt)
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(prompt)
+        if self.do_classifier_free_guidance:
+            prompt_embeds, prompt_mask = self._process_cfg_split_batch(
+                negative_prompt_embeds, prompt_embeds, negative_prompt_mask, prompt_mask
+            )
+        timesteps = self.scheduler.timesteps
+        latents = self.prepare_latents(batch_size)
+
+        # the loop
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                noise_pred = self.transformer(latents, timestep=t, prompt_embeds=prompt_embeds, mask=prompt_mask)[0]
+                latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
+
+                progress_bar.update()
+
+        if output_type == "latent":
+            return latents
+
+        # back to pixels
+        image = self.vae.decode(latents)
+        self.maybe_free_model_hooks()
+        return image

@@ -1,0 +1,54 @@
+class ToyPipeline(DiffusionPipeline):
+    def __init__(self, transformer, scheduler, vae):
+        super().__init__()
+
+    @torch.no_grad()
+    def __call__(self, prompt=None, num_inference_steps=8, output_type="pil"):
+        batch_size = len(prompt)
+        timesteps = self.scheduler.timesteps
+        latents = self.prepare_latents(batch_size)
+
+        # the loop
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for t in timesteps:
+                noise_pred = self.transformer(latents, timestep=t, prompt_embeds=prompt_embeds)[0]
+                latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
+
+
+        if output_type == "latent":
+            return latents
+
+        # back to pixels
+        image = self.vae.decode(latents)
+        self.maybe_free_model_hooks()
+        return image
+# output
+class ToyPipeline(DiffusionPipeline):
+    def __init__(self, transformer, scheduler, vae):
+        super().__init__()
+
+    @torch.no_grad()
+    def __call__(self, prompt=None, num_inference_steps=8, output_type="pil"):
+        batch_size = len(prompt)
+        timesteps = self.scheduler.timesteps
+        latents = self.prepare_latents(batch_size)
+
+        num_pipeline_warmup_steps = get_runtime_state().runtime_config.warmup_steps
+        # the loop
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for t in chain(self._sync_pipeline(timesteps, num_pipeline_warmup_steps), self._async_pipeline()):
+                latents_before_pass = latents = self._receive_patch(latents)
+
+                noise_pred = self.transformer(latents, timestep=t, prompt_embeds=prompt_embeds)[0]
+                latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
+
+                latents = self._commit_patch(latents_before_pass, latents)
+
+
+        if output_type == "latent":
+            return latents
+
+        # back to pixels
+        image = self.vae.decode(latents)
+        self.maybe_free_model_hooks()
+        return image

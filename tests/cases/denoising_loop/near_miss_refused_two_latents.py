@@ -1,0 +1,28 @@
+# error: carries audio, latents through the scheduler's step, expected one tensor of latents
+class ToyPipeline(DiffusionPipeline):
+    def __init__(self, transformer, scheduler, vae):
+        super().__init__()
+
+    @torch.no_grad()
+    def __call__(self, prompt=None, num_inference_steps=8, output_type="pil"):
+        batch_size = len(prompt)
+        audio = self.prepare_audio()
+        timesteps = self.scheduler.timesteps
+        latents = self.prepare_latents(batch_size)
+
+        # the loop
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                noise_pred, sound = self.transformer(latents, audio)
+                latents = self.scheduler.step(noise_pred, t, latents)[0]
+                audio = self.audio_scheduler.step(sound, t, audio)[0]
+
+                progress_bar.update()
+
+        if output_type == "latent":
+            return latents
+
+        # back to pixels
+        image = self.vae.decode(latents)
+        self.maybe_free_model_hooks()
+        return image
