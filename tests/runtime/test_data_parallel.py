@@ -7,6 +7,7 @@ from typing import Any, Union
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.ranks import run_ranks
 from xfuser_runtime.config import ParallelConfig
@@ -172,6 +173,7 @@ def test_embeddings_that_disagree_are_refused() -> None:
 
 
 SECOND = Share(start=2, stop=3, batch=3, images=2)
+P, Q, R = (Image.new("L", (1, 1), grey) for grey in (0, 1, 2))
 PICTURES = "PIL.Image.Image | numpy.ndarray | torch.Tensor | list[PIL.Image.Image]"
 
 
@@ -192,7 +194,10 @@ PICTURES = "PIL.Image.Image | numpy.ndarray | torch.Tensor | list[PIL.Image.Imag
             ["latents", "a", "b"],
             ["latents", "a", "b"],
         ),
+        ("lyrics", "Union[str, List[str]]", ["la", "le", "lo"], ["lo"]),
+        ("negative_prompt", "", ["a", "b", "c"], ["c"]),
         ("class_labels", "list[int]", [7, 8, 9], [9]),
+        ("crop", "tuple[int, int, int] | None", (0, 1, 2), (0, 1, 2)),
         ("decode_timestep", "float | list[float]", [0.1, 0.2, 0.3], [0.3]),
         ("timesteps", "list[int] | None", [3, 2, 1], [3, 2, 1]),
         ("sigmas", "Optional[List[float]]", [3.0, 2.0, 1.0], [3.0, 2.0, 1.0]),
@@ -203,11 +208,11 @@ PICTURES = "PIL.Image.Image | numpy.ndarray | torch.Tensor | list[PIL.Image.Imag
             [0.1, 0.2, 0.3],
         ),
         ("strength", "float | list[float]", [0.5, 0.5], [0.5, 0.5]),
-        ("image", PICTURES, ["p", "q", "r"], ["r"]),
-        ("image", PICTURES, ["p", "q"], ["p", "q"]),
-        ("video", "list[PIL.Image.Image]", ["f", "g", "h"], ["f", "g", "h"]),
-        ("video", "list[PipelineImageInput]", [["f"], ["g"], ["h"]], [["h"]]),
-        ("ip_adapter_image", PICTURES, ["p", "q", "r"], ["p", "q", "r"]),
+        ("image", PICTURES, [P, Q, R], [R]),
+        ("image", PICTURES, [P, Q], [P, Q]),
+        ("video", "list[PIL.Image.Image]", [P, Q, R], [P, Q, R]),
+        ("video", "list[PipelineImageInput]", [[P], [Q], [R]], [[R]]),
+        ("ip_adapter_image", PICTURES, [P, Q, R], [P, Q, R]),
         ("conditions", "list[Condition]", [object, 1, 2], [object, 1, 2]),
     ],
 )
@@ -254,7 +259,7 @@ def test_tensors_and_arrays(
         ("latents", "", torch.zeros(4, 2), r"\(4, 2\) with 3 prompts"),
         ("c2w", "", torch.zeros(3, 4, 4), r"\(3, 4, 4\) with 3 prompts"),
         ("strength", "float | list[float]", [0.1] * 3, "list of 3 numbers"),
-        ("image", "list[PIL.Image.Image]", ["p"] * 3, "list of 3 pictures"),
+        ("image", "list[PIL.Image.Image]", [P] * 3, "list of 3 pictures"),
         (
             "ip_adapter_image_embeds",
             "",

@@ -143,9 +143,11 @@ class Share:
         first = value[0]
         if isinstance(first, torch.Generator):
             return self._take_entries(name, value, (self.batch * self.images,))
-        if isinstance(first, (str, list, tuple)) and "prompt" in name:
+        if isinstance(first, str) or (
+            isinstance(first, (list, tuple)) and "prompt" in name
+        ):
             # A list that no single string may stand for is one text in parts, shared by all.
-            if name != "prompt" and not _takes_one("str", type_text):
+            if name != "prompt" and not _takes_one("str", name, type_text):
                 return value
             return self._take_entries(name, value, (self.batch, 1))
         if isinstance(first, (int, float)):
@@ -193,7 +195,7 @@ class Share:
 
     def _take_numbers(self, name: str, type_text: str, value: Any) -> Any:
         if len(value) != self.batch or not (
-            name in _NUMBERS or _takes_one("int|float", type_text)
+            name in _NUMBERS or _takes_one("int|float", name, type_text)
         ):
             return value
         if name in _NUMBERS:
@@ -265,7 +267,9 @@ def _type_text(parameter: inspect.Parameter) -> str:
     return inspect.formatannotation(annotation)
 
 
-def _takes_one(names: str, type_text: str) -> bool:
-    """True where a parameter takes one value beside a list of them, or does not say."""
-    outside_lists = re.sub(r"\b[Ll]ist\[[^\[\]]*\]", "", type_text)
-    return not type_text or bool(re.search(rf"\b({names})\b", outside_lists))
+def _takes_one(kinds: str, name: str, type_text: str) -> bool:
+    """True where a parameter takes one value beside a list of them; by name where it does not say."""
+    if not type_text:
+        return "prompt" in name
+    alone = re.sub(r"\b([Ll]ist|[Tt]uple)\[[^\[\]]*\]", "", type_text)
+    return bool(re.search(rf"\b({kinds})\b", alone))
