@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from porter.errors import PorterError
-from porter.lock import LOCK_NAME, read_lock
+from porter.lock import LOCK_NAME, proof_key, read_lock
 from porter.report import Report
 from porter.verify.modes import Mode, all_modes, parse_modes
 from porter.verify.proofs import with_verification
@@ -42,14 +42,20 @@ def run(
     wanted = None if modes is None else parse_modes(modes)
     code, found = 0, []
     for name in names or sorted(read_lock(generated).ports):
+        chosen = _modes_of(name, generated, wanted, report)
+        key = proof_key(read_lock(generated).ports[name])
         verification = verify_pipeline(
-            name,
-            generated=generated,
-            modes=_modes_of(name, generated, wanted, report),
-            say=report.message,
+            name, generated=generated, modes=chosen, say=report.message
         )
         # Read again: another command may have written since.
-        lock = with_verification(read_lock(generated), name, verification)
+        lock = read_lock(generated)
+        if name not in lock.ports or proof_key(lock.ports[name]) != key:
+            raise PorterError(
+                f"{name} or the runtime changed while it was verified",
+                expected="one version of both",
+                todo="run porter verify again",
+            )
+        lock = with_verification(lock, name, verification)
         write_all(generated, {LOCK_NAME: lock.text()})
         found.append(verification)
         code = max(code, verification.exit_code)

@@ -41,11 +41,14 @@ MASK_FAULT = "mask_dropped"
 def faults_for(mode: Mode, *, has_masks: bool) -> tuple[str, ...]:
     """The faults that verification of `mode` injects, one run each.
 
+    The smallest mode of a way of splitting gets all faults of its kind; larger ones and
+    products get those that stand for the ways that they combine.
+
     Args:
-        mode: a mode; a single way of splitting gets all faults of its kind.
+        mode: a mode.
         has_masks: whether dropping the masks changes stock's result.
     """
-    if len(mode.kinds) > 1:
+    if len(mode.kinds) > 1 or mode.world_size > 2 or mode.patches > 2:
         return tuple(FAULTS[kind][0] for kind in mode.kinds)
     (kind,) = mode.kinds
     masks = (MASK_FAULT,) if has_masks and kind in ("ring", "ulysses") else ()
