@@ -14,17 +14,18 @@ TOKEN_ROWS = ((8, 8), (6, 10), (7, 9))
 
 PROMPTS = (
     (
-        "a small cactus with a happy face",
+        'a small cactus with a happy face and a sign "hi"',
         "a red fox in deep snow, under a pale winter sun at dawn",
         "two boats",
     ),
     (
-        "an astronaut riding a horse on the moon, highly detailed oil painting",
+        'an astronaut riding a horse on the moon, highly detailed, "the moon at dawn"',
         "a quiet lake",
         "a photo of two wooden boats on a quiet lake, mist between the mountains",
     ),
 )
-"""Two sets of prompts whose lengths differ, so that padding masks differ by row."""
+"""Two sets of prompts whose lengths differ, so that padding masks differ by row; quoted
+words are what glyph encoders read."""
 
 NEGATIVE_PROMPT = "blurry, watermark"
 GUIDANCE = 4.0
@@ -86,7 +87,21 @@ def call_kwargs(
         **table.CALLS,
         **_guidance(names, batch_size, guidance),
     }
+    if "prior_token_ids" in names:
+        wanted["prior_token_ids"] = _prior_tokens(pipeline, wanted, batch_size, text)
     return {name: value for name, value in wanted.items() if name in names}
+
+
+def _prior_tokens(
+    pipeline: Any, wanted: dict[str, Any], batch_size: int, text: int
+) -> torch.Tensor:
+    """What a language model would write for the prompt: one code per image token."""
+    config = pipeline.transformer.config
+    side = _compression(pipeline) * config.patch_size
+    count = (wanted["height"] // side) * (wanted["width"] // side)
+    generator = torch.Generator().manual_seed(text)
+    codes = config.prior_vq_quantizer_codebook_size
+    return torch.randint(codes, (batch_size, count), generator=generator)
 
 
 def _guidance(names: Any, batch_size: int, guidance: bool) -> dict[str, Any]:
@@ -111,7 +126,7 @@ def _cell(pipeline: Any) -> int:
     multiple = processor.config.vae_scale_factor if processor else compression
     if packs and largest == 1 and multiple > compression:
         largest = 2  # packed by the pipeline, in squares of two
-    return int(compression * largest)
+    return int(compression * largest) * table.CELLS.get(type(pipeline).__name__, 1)
 
 
 def _compression(pipeline: Any) -> int:

@@ -100,6 +100,13 @@ CALLS: dict[str, Any] = {
 """Arguments of ``__call__`` whose defaults do not fit a small run, by name."""
 
 
+CELLS = {
+    # A code of its language model stands for two by two image tokens.
+    "GlmImagePipeline": 2,
+}
+"""Image tokens along one side of the smallest legal square, where it is not one."""
+
+
 def for_pipeline(pipeline_class: type) -> Mapping[str, Mapping[str, Any]]:
     """The entries of one class; empty for most."""
     return _PIPELINES.get(pipeline_class.__name__, {})

@@ -18,7 +18,7 @@ TABLE_STD = 0.5
 """Standard deviation of gates, scale-shift tables and other bare parameters."""
 
 NORM_STD = 0.2
-"""Spread of a norm's weight around one, and of every bias around zero."""
+"""Spread of a norm's weight around its first value, and of a bias around zero."""
 
 ATTENTION_GAIN = 1.5
 """Query and key projections: scores of variance 5 make attention choose, not average."""
@@ -40,18 +40,19 @@ def enliven(module: nn.Module, seed: int) -> None:
             )
             noise = torch.randn(parameter.shape, generator=generator)
             prefix, _, leaf = name.rpartition(".")
-            parameter.copy_(_scaled(noise, owners[prefix], prefix, leaf))
+            scaled = _scaled(noise, owners[prefix], prefix, leaf)
+            if _is_norm(owners[prefix], prefix) and leaf != "bias" and noise.ndim == 1:
+                # Around what the class draws: one, or zero where it adds the one itself.
+                scaled += parameter.float().mean().round()
+            parameter.copy_(scaled)
 
 
 def _scaled(
     noise: torch.Tensor, owner: nn.Module, path: str, leaf: str
 ) -> torch.Tensor:
     """Bring unit noise to the size that the parameter's role asks for."""
-    kind = type(owner).__name__.lower()
-    if leaf == "bias":
+    if leaf == "bias" or (_is_norm(owner, path) and noise.ndim == 1):
         return NORM_STD * noise
-    if "norm" in kind or "norm" in path.rpartition(".")[2].lower():
-        return 1.0 + NORM_STD * noise if noise.ndim == 1 else TABLE_STD * noise
     if isinstance(owner, nn.Embedding):
         return noise
     if isinstance(owner, nn.Linear | nn.modules.conv._ConvNd):
@@ -62,6 +63,11 @@ def _scaled(
     if noise.ndim == 2 and "weight" in leaf:
         return noise / math.sqrt(noise.shape[1])
     return TABLE_STD * noise
+
+
+def _is_norm(owner: nn.Module, path: str) -> bool:
+    last = path.rpartition(".")[2].lower()
+    return "norm" in type(owner).__name__.lower() or "norm" in last
 
 
 def _is_query_or_key(path: str) -> bool:
