@@ -55,11 +55,10 @@ test: install
 	@$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 lint: install
-	@echo "==> ruff, black, mypy, porter check"
-	@$(BIN)/ruff check .
-	@$(BIN)/black --check --quiet .
-	@$(BIN)/mypy
-	@$(BIN)/porter check
+	@status=0; \
+	for command in "ruff check ." "black --check --quiet ." mypy "porter check"; do \
+	    echo "==> $$command"; $(BIN)/$$command || status=1; \
+	done; exit $$status
 
 format: install
 	@$(BIN)/ruff check --fix .
