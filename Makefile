@@ -72,7 +72,7 @@ test-diffusers-%:
 	@mkdir -p .venvs
 	@sed -E '/^(diffusers|huggingface_hub)==/d' constraints.txt > .venvs/constraints.txt
 	@$(PYTHON) -m venv .venvs/$*
-	@.venvs/$*/bin/pip install -qq --constraint .venvs/constraints.txt --editable . diffusers==$*
+	@.venvs/$*/bin/pip install -qq --constraint .venvs/constraints.txt --editable '.[captions]' diffusers==$*
 	@echo "==> diffusers $*: both ports, made and proven"
 	.venvs/$*/bin/porter add-model $(PIXART) --output .venvs/$*/generated
 	.venvs/$*/bin/porter verify $(PIXART) --output .venvs/$*/generated
