@@ -20,11 +20,14 @@ class TokenAxis:
         dim: the dimension, the same for every tensor in the value (or in the item).
         streams: whose tokens it counts, in the order in which they lie.
         item: index into the value where its items hold different tokens, else None.
+        keys: the dimension of the keys in a mask over pairs of tokens, else None; `dim` is
+            then that of the queries.
     """
 
     dim: int
     streams: tuple[str, ...]
     item: int | None = None
+    keys: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +39,8 @@ class LoopFacts:
         lengths: for each stream that is sharded in this loop, the variable and dimension
             that hold its tokens before the loop.
         latents: the stream whose tokens follow the latents, if one stream does.
+        context: where other tokens stand in that stream: "before" or "after" those of the
+            latents, or None where it holds nothing else.
         values: token axes of every variable read in the loop that counts sharded tokens,
             the carried streams first: one axis, or one for each item of a tuple.
     """
@@ -43,6 +48,7 @@ class LoopFacts:
     blocks: str
     lengths: Mapping[str, tuple[str, int]]
     latents: str | None
+    context: str | None
     values: Mapping[str, tuple[TokenAxis, ...]]
 
 
@@ -105,9 +111,12 @@ def _transformer(data: Mapping[str, Any]) -> TransformerFacts:
                     for name, (variable, dim) in loop["lengths"].items()
                 },
                 latents=loop["latents"],
+                context=loop["context"],
                 values={
                     name: tuple(
-                        TokenAxis(axis["dim"], tuple(axis["streams"]), axis["item"])
+                        TokenAxis(
+                            axis["dim"], tuple(axis["streams"]), axis["item"], axis["keys"]
+                        )
                         for axis in axes
                     )
                     for name, axes in loop["values"].items()

@@ -17,6 +17,7 @@ from porter.analysis.facts import LoopFacts, TokenAxis, TransformerFacts
 from porter.errors import Refusal
 from porter.parsed import ParsedModule
 from porter.probe.capture import TransformerCall
+from porter.probe.latents import latent_places
 from porter.probe.instrument import instrumented_forward
 from porter.probe.leaves import leaf_shapes
 from porter.probe.provenance import KeyOrigins, runs_of
@@ -53,11 +54,12 @@ def probe_transformer(
     facts: list[LoopFacts] = []
     attention: dict[str, tuple[str, ...]] = {}
     processors: dict[str, None] = {}
+    places = latent_places(model, source, forward, loops, calls[0])
     for loop in loops:
         seen = [run[loop.blocks] for run in runs if loop.blocks in run]
         if len(seen) != len(calls):
             continue
-        measured = _LoopProbe(source, loop, seen).measure()
+        measured = _LoopProbe(source, loop, seen, places.get(loop.blocks, {})).measure()
         if measured is not None:
             facts.append(measured.facts)
             attention.update(measured.attention)
@@ -131,11 +133,16 @@ class _LoopProbe:
     """Solves one loop's facts from what several runs saw."""
 
     def __init__(
-        self, source: ParsedModule, loop: BlockLoop, runs: Sequence[_LoopRun]
+        self,
+        source: ParsedModule,
+        loop: BlockLoop,
+        runs: Sequence[_LoopRun],
+        places: Mapping[str, tuple[int, int, int]],
     ) -> None:
         self._source = source
         self._loop = loop
         self._runs = runs
+        self._places = places
         self._where = source.where(loop.node)
 
     def measure(self) -> _Measured | None:
@@ -157,6 +164,7 @@ class _LoopProbe:
         lengths = {name: self._lengths(name, axes[name]) for name in streams}
         order = self._joint_order(origins, streams)
         values = self._values(lengths, order)
+        latents, context = self._latents(image, lengths)
         sharded = {
             path: keys for path, keys in origins.items() if set(keys) & set(streams)
         }
@@ -164,7 +172,8 @@ class _LoopProbe:
             LoopFacts(
                 blocks=self._loop.blocks,
                 lengths={name: (name, axes[name]) for name in streams},
-                latents=self._latents(image, lengths),
+                latents=latents,
+                context=context,
                 values=values,
             ),
             {f"{self._loop.blocks}.*.{path}": keys for path, keys in sharded.items()},
@@ -211,10 +220,17 @@ class _LoopProbe:
 
     def _latents(
         self, image: Sequence[str], lengths: Mapping[str, tuple[int, ...]]
-    ) -> str | None:
-        """The one stream that follows the image size and not the text length."""
+    ) -> tuple[str | None, str | None]:
+        """The one stream that holds the latents' tokens, and where others stand in it."""
         alone = [name for name in image if lengths[name][0] == lengths[name][-1]]
-        return alone[0] if len(alone) == 1 else None
+        if len(alone) == 1:
+            return alone[0], None
+        if len(image) != 1 or image[0] not in self._places:
+            return None, None
+        start, stop, length = self._places[image[0]]
+        if length != lengths[image[0]][0] or (start > 0 and stop < length):
+            return None, None
+        return image[0], "before" if start > 0 else "after"
 
     def _parameters(self) -> dict[str, str]:
         """Variable of each parameter of the block that is a plain name."""
@@ -334,6 +350,10 @@ class _LoopProbe:
                 found.append(TokenAxis(dim, streams))
             elif extents[0] != extents[1]:
                 unknown = True
+        if len(found) == 2 and len(set(shapes[0][-2:])) == 1 and not unknown:
+            rows, keys = found
+            if rows.streams == keys.streams and keys.dim == len(shapes[0]) - 1:
+                return TokenAxis(rows.dim, rows.streams, keys=keys.dim)
         if unknown or len(found) > 1:
             raise Refusal(
                 f"value {name} of shapes {sorted(set(shapes))} with "

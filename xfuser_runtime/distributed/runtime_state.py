@@ -148,6 +148,11 @@ class RuntimeState:
         self.cfg_branches_are_split = False
         self.start_pass(step=-1, patch=None)
 
+    @property
+    def needs_patch_borders(self) -> bool:
+        """True in a loop with patches while no region has set their borders."""
+        return self.num_patches > 1 and self._row_borders is None
+
     def adopt_patch_borders(self, layout: TokenLayout) -> TokenLayout:
         """``layout`` with the patch borders of this call's first region.
 

@@ -61,8 +61,8 @@ class AttentionSite:
         """Where the rows of the next attention call in this pass are."""
         return AttentionPlan(
             layout=region.layout,
-            query_segments=self.query_segments,
-            key_segments=self.key_segments,
+            query_segments=region.expand(self.query_segments),
+            key_segments=region.expand(self.key_segments),
             patch=region.patch,
             cache=self.caches.next(region) if region.layout.num_patches > 1 else None,
             backend=backend,

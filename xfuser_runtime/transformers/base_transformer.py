@@ -139,7 +139,9 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
     ) -> Template:
         key = signature_of((args, kwargs))
         held = self._wrapping.templates.get(key)
-        if held is None:
+        # The patch borders of a call come from its first region: a rank that skips the
+        # first guidance branch must still learn them from it.
+        if held is None or get_runtime_state().needs_patch_borders:
             self._wrapping.latent_shape = tuple(first_tensor((args, kwargs)).shape)
             with parallel_state.dry_run():
                 held = template_of(forward(self, *args, **kwargs))
@@ -149,7 +151,11 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
     # -- what generated forwards call -------------------------------------------------
 
     def _begin_region(
-        self, loop: str, streams: Mapping[str, int], latents: str | None = None
+        self,
+        loop: str,
+        streams: Mapping[str, int],
+        latents: str | None = None,
+        context: str | None = None,
     ) -> BlockRegion:
         """Start the region of block list `loop`.
 
@@ -157,10 +163,14 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             loop: attribute name of the block list.
             streams: number of tokens of each stream that reaches the blocks.
             latents: the stream whose tokens follow the latents; patches cut it.
+            context: "before" or "after" where that stream holds other tokens as well.
         """
         state = get_runtime_state()
         wrapping = self._wrapping
         num_patches = state.num_patches
+        parts: dict[str, tuple[str, ...]] = {}
+        if latents is not None and context is not None and num_patches > 1:
+            streams, parts = self._without_context(streams, latents, context)
         row = self._tokens_of_a_row(streams, latents, state) if num_patches > 1 else 1
         layout = TokenLayout(
             tuple(
@@ -192,6 +202,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             buffers=wrapping.buffers.setdefault((state.call_index, loop), {}),
             needs_gather=plan.reads_after(loop, stage),
             dry_run=parallel_state.is_dry_run(),
+            parts=parts,
         )
         state.region = region
         return region
@@ -236,6 +247,30 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
     def _wrapping(self) -> _Wrapping:
         wrapping: _Wrapping = self.__dict__[self._state_name]
         return wrapping
+
+    def _without_context(
+        self, streams: Mapping[str, int], latents: str, context: str
+    ) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
+        """The latents' stream cut in two segments: its own tokens and the context."""
+        own = self._latent_tokens()
+        rest = f"{latents}.context"
+        cut = {**streams, latents: own, rest: streams[latents] - own}
+        parts = (rest, latents) if context == "before" else (latents, rest)
+        return cut, {latents: parts}
+
+    def _latent_tokens(self) -> int:
+        """Number of tokens of the latents: packed ones, or patches of an image."""
+        shape = self._wrapping.latent_shape
+        if len(shape) == 3:
+            return shape[1]
+        patch_size = getattr(self.config, "patch_size", None)  # type: ignore[attr-defined]
+        if len(shape) == 4 and isinstance(patch_size, int):
+            return (shape[2] // patch_size) * (shape[3] // patch_size)
+        raise ValueError(
+            f"latents of shape {shape} and patch size {patch_size}, expected packed tokens "
+            "or square patches of an image for PipeFusion; use warmup_steps >= the number "
+            "of steps"
+        )
 
     def _tokens_of_a_row(
         self, streams: Mapping[str, int], latents: str | None, state: RuntimeState

@@ -11,11 +11,13 @@ all code around the loop sees what upstream's code sees.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from xfuser_runtime.attention import key_order
 from xfuser_runtime.distributed.collectives import all_gather
 from xfuser_runtime.distributed.layout import TokenLayout
 from xfuser_runtime.distributed.parallel_state import get_sp_group
@@ -37,6 +39,7 @@ class BlockRegion:
         buffers: whole streams kept between patch passes, by stream name.
         needs_gather: False where this stage reads no stream after the loop.
         dry_run: shapes only: no block runs and nothing is sent.
+        parts: segments of a stream that holds more than one, in order.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class BlockRegion:
         buffers: dict[str, torch.Tensor],
         needs_gather: bool = True,
         dry_run: bool = False,
+        parts: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
         self.layout = layout
         self.patch = patch
@@ -59,6 +63,7 @@ class BlockRegion:
         self._buffers = buffers
         self._needs_gather = needs_gather
         self._dry_run = dry_run
+        self._parts = dict(parts or {})
         self._iteration = 0
 
     def __enter__(self) -> BlockRegion:
@@ -104,6 +109,39 @@ class BlockRegion:
             for index, value in enumerate(values)
         )
 
+    def shard_pairs(
+        self, mask: torch.Tensor | None, rows: int, keys: int, *streams: str
+    ) -> torch.Tensor | None:
+        """A mask over pairs of tokens: this rank's query rows, all keys in their order.
+
+        Args:
+            mask: (..., S, S); None stays None.
+            rows, keys: dimensions of the queries and of the keys.
+            streams: whose tokens both dimensions hold.
+        """
+        if self.whole or mask is None:
+            return mask
+        names = self.expand(streams)
+        offsets = dict(zip(names, self._offsets(names), strict=True))
+        index = [
+            offsets[name] + row
+            for name, start, stop in key_order(self.layout, names, self.patch)
+            for row in range(start, stop)
+        ]
+        columns = torch.tensor(index, device=mask.device)
+        return self._cut(mask, rows, streams).index_select(keys, columns)
+
+    def _offsets(self, names: Sequence[str]) -> list[int]:
+        """Where each segment begins in a whole value that holds `names`."""
+        lengths = {s.name: s.length for s in self.layout.segments}
+        return list(accumulate((lengths[name] for name in names), initial=0))[:-1]
+
+    def expand(self, streams: Sequence[str]) -> tuple[str, ...]:
+        """The segments of streams, in the order in which they lie."""
+        return tuple(
+            part for name in streams for part in self._parts.get(name, (name,))
+        )
+
     def owns(self, block: nn.Module) -> bool:
         """True when this stage runs `block`."""
         return not self._dry_run and not isinstance(block, EmptyBlock)
@@ -126,7 +164,7 @@ class BlockRegion:
             return self._whole_shape(value, dim, streams)
         if not self._needs_gather:
             return self._whole_shape(value, dim, streams)
-        lengths = self.layout.lengths(streams, self.patch)
+        lengths = self.layout.lengths(self.expand(streams), self.patch)
         rows = all_gather(value, dim, lengths, get_sp_group())
         return self._merge(rows, dim, streams)
 
@@ -134,7 +172,7 @@ class BlockRegion:
         self, value: torch.Tensor, dim: int, streams: Sequence[str]
     ) -> torch.Tensor:
         lengths = {s.name: s.length for s in self.layout.segments}
-        expected = sum(lengths[name] for name in streams)
+        expected = self._length(streams)
         if value.shape[dim] != expected:
             raise ValueError(
                 f"dimension {dim} of a value of shape {tuple(value.shape)} holds "
@@ -143,7 +181,7 @@ class BlockRegion:
             )
         pieces = []
         offset = 0
-        for name in streams:
+        for name in self.expand(streams):
             for start, stop in self.layout.ranges(name, self.patch, self.shard_index):
                 pieces.append(value.narrow(dim, offset + start, stop - start))
             offset += lengths[name]
@@ -154,11 +192,11 @@ class BlockRegion:
     ) -> torch.Tensor:
         """Rows in the order [shard][stream] put to their places in a whole tensor."""
         lengths = {s.name: s.length for s in self.layout.segments}
-        whole = self._buffer(rows, dim, streams, sum(lengths[name] for name in streams))
+        whole = self._buffer(rows, dim, streams, self._length(streams))
         source = 0
         for shard in range(self.layout.num_shards):
             offset = 0
-            for name in streams:
+            for name in self.expand(streams):
                 for start, stop in self.layout.ranges(name, self.patch, shard):
                     count = stop - start
                     whole.narrow(dim, offset + start, count).copy_(
@@ -187,11 +225,15 @@ class BlockRegion:
             self._buffers[key] = held
         return held
 
+    def _length(self, streams: Sequence[str]) -> int:
+        """Tokens of whole streams."""
+        lengths = {s.name: s.length for s in self.layout.segments}
+        return sum(lengths[name] for name in self.expand(streams))
+
     def _whole_shape(self, value: Any, dim: int, streams: Sequence[str]) -> Any:
         if value is None:
             return None
-        lengths = {s.name: s.length for s in self.layout.segments}
-        length = sum(lengths[name] for name in streams)
+        length = self._length(streams)
         if value.shape[dim] == length:
             return value
         shape = list(value.shape)

@@ -83,11 +83,16 @@ def _begin(facts: LoopFacts) -> str:
         for name, (variable, dim) in facts.lengths.items()
     )
     latents = f", latents={facts.latents!r}" if facts.latents else ""
+    if facts.context:
+        latents += f", context={facts.context!r}"
     return f'region = self._begin_region("{facts.blocks}", {{{streams}}}{latents})'
 
 
 def _shard(name: str, axes: tuple[TokenAxis, ...]) -> str:
     """The rows of a value; of a tuple's items one by one where they hold other tokens."""
+    if axes[0].keys is not None:
+        streams = ", ".join(f'"{stream}"' for stream in axes[0].streams)
+        return f"region.shard_pairs({name}, {axes[0].dim}, {axes[0].keys}, {streams})"
     if axes[0].item is None:
         return f"region.shard({name}, {_axis(axes[0])})"
     items = ", ".join(f"{axis.item}: ({_axis(axis)})" for axis in axes)
