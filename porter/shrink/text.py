@@ -21,6 +21,7 @@ _SIZES: dict[str, str | int] = {
     "d_model": "width",
     "projection_dim": "width",
     "out_hidden_size": "width",
+    "embed_dim": "width",
     "intermediate_size": "mlp",
     "d_ff": "mlp",
     "moe_intermediate_size": "mlp",

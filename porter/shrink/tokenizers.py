@@ -209,5 +209,6 @@ def _train_sentencepiece(tokenizer_class: Any) -> Any:
                 unk_id=2,
                 bos_id=-1,
                 minloglevel=2,
+                num_threads=1,
             )
         return tokenizer_class(str(model))

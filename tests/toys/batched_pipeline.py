@@ -1,6 +1,7 @@
-"""Toy pipeline (b): one transformer call on the doubled batch."""
+"""Toy pipeline (b): one transformer call on the doubled batch.
 
-from __future__ import annotations
+Annotations are evaluated, as in diffusers: `from_pretrained` reads the classes in them.
+"""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,6 +1,7 @@
-"""Toy pipeline (a): packed latents, two transformer calls one after the other."""
+"""Toy pipeline (a): packed latents, two transformer calls one after the other.
 
-from __future__ import annotations
+Annotations are evaluated, as in diffusers: `from_pretrained` reads the classes in them.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -64,11 +65,11 @@ class ToyJointPipeline(DiffusionPipeline):
         device: torch.device | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         prompt = [prompt] if isinstance(prompt, str) else prompt
-        # lengths in steps of 16 tokens: the two branches may differ
+        # lengths in steps of 6 tokens: the two branches and the two sets of prompts differ
         inputs = self.tokenizer(
             prompt,
             padding="longest",
-            pad_to_multiple_of=8,
+            pad_to_multiple_of=6,
             max_length=max_sequence_length,
             truncation=True,
             return_tensors="pt",
