@@ -43,9 +43,7 @@ class Components:
         parameters = inspect.signature(self.pipeline_class.__init__).parameters
         # Tokenizers first: encoders take the vocabulary from them.
         for name in sorted(self.hints, key=lambda name: not _is_tokenizer(name)):
-            if name in table.LEFT_OUT or (
-                name in table.LEFT_OUT_IF_OPTIONAL and name not in self.changes
-            ):
+            if name in table.LEFT_OUT and not self._stand_in(name):
                 self.built[name] = None
             elif self._is_component(name):
                 self.built[name] = self.make(name)
@@ -66,7 +64,8 @@ class Components:
         from diffusers import ModelMixin, SchedulerMixin
 
         changes = dict(self.changes.get(name, {}))
-        cls = _resolved(changes.pop("class", self.hints[name]))
+        hinted = self._stand_in(name) or self.hints[name]
+        cls = _resolved(changes.pop("class", hinted))
         if _is_tokenizer(name):
             tokenizer = make_tokenizer(tokenizer_for(cls, self._encoder_hint(name)))
             if is_processor(cls):
@@ -87,10 +86,13 @@ class Components:
         """The components hinted by the same class, ``name`` among them."""
         return [n for n, hint in self.hints.items() if hint is self.hints[name]]
 
+    def _stand_in(self, name: str) -> str | None:
+        return table.STAND_INS.get(getattr(self.hints[name], "__name__", ""))
+
     def _is_component(self, name: str) -> bool:
         """Whether a parameter is a component to make, and not a number or a flag."""
         optional = self.pipeline_class._optional_components
-        needed = _is_text(name) or name == "vae" or name in self.changes
+        needed = _is_text(name) or name == "vae" or self._stand_in(name)
         if name in optional and not needed:
             return False
         hint = self.hints[name]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from . import table
 
@@ -87,9 +90,35 @@ def call_kwargs(
         **table.CALLS,
         **_guidance(names, batch_size, guidance),
     }
+    wanted.update(_pictures(names, wanted["height"], wanted["width"], batch_size))
     if "prior_token_ids" in names:
         wanted["prior_token_ids"] = _prior_tokens(pipeline, wanted, batch_size, text)
     return {name: value for name, value in wanted.items() if name in names}
+
+
+def _pictures(
+    names: Mapping[str, Any], height: int, width: int, batch_size: int
+) -> dict[str, list[Image.Image]]:
+    """Pictures for calls that need them; those that merely may have some get none."""
+    needed = {"control_image", "mask_image"}
+    if {"strength", "mask_image"} & set(names):
+        needed.add("image")
+    needed |= {
+        name
+        for name in ("image", "video")
+        if name in names and _is_required(names[name])
+    }
+    stripes = np.indices((height, width)).sum(axis=0) % 256
+    picture = Image.fromarray(stripes.astype(np.uint8)).convert("RGB")
+    mask = Image.fromarray(np.uint8(255) * (stripes < 128).astype(np.uint8))
+    return {
+        name: [mask if name == "mask_image" else picture] * batch_size
+        for name in needed
+    }
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty
 
 
 def _prior_tokens(

@@ -10,12 +10,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-LEFT_OUT = frozenset({"feature_extractor", "image_encoder", "prompt_enhancer_head"})
-"""Components that text to image runs do without: they condition on pictures, or rewrite
-the prompt."""
+LEFT_OUT = frozenset(
+    {"feature_extractor", "image_encoder", "prompt_enhancer_head", "safety_checker"}
+)
+"""Components that text to image runs do without, unless a stand-in is known: they
+condition on pictures, judge them, or rewrite the prompt."""
 
-LEFT_OUT_IF_OPTIONAL = frozenset({"safety_checker"})
-"""Left out unless the class refuses to run without one."""
+STAND_INS = {
+    # Needs a package of its own, and pipelines that take it refuse to run without one.
+    "CosmosSafetyChecker": "porter.shrink.stand_ins:NoSafetyChecker",
+}
+"""What is built instead of a hinted class, by the class's name."""
 
 _NO_MICRO_CONDITIONS = {"transformer": {"use_additional_conditions": False}}
 
@@ -81,10 +86,6 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     "DiTPipeline": {"transformer": {"out_channels": 8}},
     # None by default, meaning unpatched; the latents have a quarter of the packed width.
     "NucleusMoEImagePipeline": {"transformer": {"out_channels": 16}},
-    # Builds a guard model from a package of its own unless it is given one.
-    "Cosmos2TextToImagePipeline": {
-        "safety_checker": {"class": "porter.shrink.stand_ins:NoSafetyChecker"}
-    },
 }
 
 CALLS: dict[str, Any] = {
