@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from porter.errors import PorterError
@@ -47,20 +47,11 @@ def run(
         verification = verify_pipeline(
             name, generated=generated, modes=chosen, say=report.message
         )
-        # Read again: another command may have written since.
-        lock = read_lock(generated)
-        if name not in lock.ports or proof_key(lock.ports[name]) != key:
-            raise PorterError(
-                f"{name} or the runtime changed while it was verified",
-                expected="one version of both",
-                todo="run porter verify again",
-            )
-        lock = with_verification(lock, name, verification)
-        write_all(generated, {LOCK_NAME: lock.text()})
         found.append(verification)
         code = max(code, verification.exit_code)
         if not as_json:
             report.line(verification.table())
+        _keep_proofs(name, generated, key, verification)
     if as_json:
         report.json([verification.to_json() for verification in found])
     return code
@@ -96,3 +87,23 @@ def _modes_of(
     for kind, reason in sorted(refused.items()):
         report.message(f"{name} is ported without {kind}: {reason}")
     return tuple(chosen)
+
+
+def _keep_proofs(
+    name: str, generated: Path, key: Mapping[str, str], verification: Verification
+) -> None:
+    """Write the proofs into the lock.
+
+    Raises:
+        PorterError: what was verified is not what is there now.
+    """
+    # Read again: another command may have written since.
+    lock = read_lock(generated)
+    if name not in lock.ports or proof_key(lock.ports[name]) != key:
+        raise PorterError(
+            f"{name} or the runtime changed while it was verified",
+            expected="one version of both",
+            todo="run porter verify again",
+        )
+    lock = with_verification(lock, name, verification)
+    write_all(generated, {LOCK_NAME: lock.text()})

@@ -2,7 +2,8 @@
 
 A mode's name multiplies its factors, fixed order, for example `cfg2 x ulysses2`.  A
 `pipefusion` factor names its stages and patches: `pipefusion2/3` is 2 stages, 3 patches and
-one warm-up step; `pp2` is 2 stages with every step as warm-up, which equals one device.
+one warm-up step.  `pp2` is 2 stages with every step as warm-up, and `pp2/1` is 2 stages with
+one patch after one warm-up step; both equal one device.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from porter.errors import PorterError
 
 #: Ways of splitting, in the order in which a name multiplies them.
 KINDS = ("dp", "cfg", "pp", "pipefusion", "ring", "ulysses")
-_FACTOR = re.compile(r"(dp|cfg|pp|ring|ulysses)(\d+)|(pipefusion)(\d+)/(\d+)")
+_FACTOR = re.compile(r"(dp|cfg|pp|ring|ulysses)(\d+)|(pipefusion|pp)(\d+)/(\d+)")
 #: Wall-clock and cores of a small machine: no mode takes more ranks.
 MAX_RANKS = 4
 
@@ -28,7 +29,7 @@ class Mode:
 
     Attributes:
         dp, cfg, pp, ring, ulysses: the degrees.
-        patches: PipeFusion's patches with one warm-up step; 0 where every step is whole.
+        patches: patches after one warm-up step; 0 where every step is warm-up.
     """
 
     dp: int = 1
@@ -44,9 +45,14 @@ class Mode:
         return self.dp * self.cfg * self.pp * self.ring * self.ulysses
 
     @property
+    def is_displaced(self) -> bool:
+        """PipeFusion: the result is that of displaced patches, not that of one device."""
+        return self.patches > 1
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """The ways of splitting that this mode uses, a subset of `KINDS` in its order."""
-        stages = "pipefusion" if self.patches else "pp"
+        stages = "pipefusion" if self.is_displaced else "pp"
         used = {
             "dp": self.dp > 1,
             "cfg": self.cfg > 1,
@@ -62,7 +68,7 @@ class Mode:
         degrees = {
             "dp": f"dp{self.dp}",
             "cfg": f"cfg{self.cfg}",
-            "pp": f"pp{self.pp}",
+            "pp": f"pp{self.pp}/1" if self.patches else f"pp{self.pp}",
             "pipefusion": f"pipefusion{self.pp}/{self.patches}",
             "ring": f"ring{self.ring}",
             "ulysses": f"ulysses{self.ulysses}",
@@ -100,6 +106,7 @@ _SINGLES = (
     Mode(ring=2),
     Mode(ring=4),
     Mode(pp=2),
+    Mode(pp=2, patches=1),
     Mode(pp=4),
 )
 _PIPEFUSION = (
@@ -136,22 +143,27 @@ def parse_modes(names: Sequence[str]) -> tuple[Mode, ...]:
 
 
 def parse_mode(name: str) -> Mode:
-    """Read a mode's name: `cfg2xulysses2`, `cfg2 x ulysses2`, `pipefusion2/3`.
+    """Read a mode's name, factors in any order: `ulysses2xcfg2`, `pipefusion2/3`.
 
     Raises:
         PorterError: it is none, or takes more than `MAX_RANKS` ranks.
     """
     degrees: dict[str, int] = {}
-    for factor in re.split(r"\s*x\s*", name.strip()):
+    factors = re.split(r"\s*x\s*", name.strip())
+    for factor in factors:
         match = _FACTOR.fullmatch(factor)
         if match is None:
             raise _unknown(name)
-        if match[3]:
+        if match[3] and (match[3] == "pp") is (match[5] == "1"):
             degrees |= {"pp": int(match[4]), "patches": int(match[5])}
-        else:
+        elif match[1]:
             degrees[match[1]] = int(match[2])
     mode = Mode(**degrees)
-    if not 2 <= mode.world_size <= MAX_RANKS or mode.cfg > 2:
+    if (
+        sorted(mode.name.split(" x ")) != sorted(factors)
+        or not 2 <= mode.world_size <= MAX_RANKS
+        or mode.cfg > 2
+    ):
         raise _unknown(name)
     return mode
 

@@ -48,7 +48,7 @@ def faults_for(mode: Mode, *, has_masks: bool) -> tuple[str, ...]:
         mode: a mode.
         has_masks: whether dropping the masks changes stock's result.
     """
-    if len(mode.kinds) > 1 or mode.world_size > 2 or mode.patches > 2:
+    if len(mode.kinds) > 1 or mode.world_size > 2 or mode.patches not in (0, 2):
         return tuple(FAULTS[kind][0] for kind in mode.kinds)
     (kind,) = mode.kinds
     masks = (MASK_FAULT,) if has_masks and kind in ("ring", "ulysses") else ()

@@ -234,7 +234,7 @@ def _answers(
     subject: _Subject, mode: Mode, regions: tuple[str, ...] | None
 ) -> _Answers | OracleRefusal:
     stock = {case: subject.references[case].outputs for case in subject.cases(mode)}
-    if not mode.patches:
+    if not mode.is_displaced:
         return _Answers("stock", stock)
     plan = DisplacedPatches(mode.patches, mode.warmup_steps(STEPS), regions)
     try:

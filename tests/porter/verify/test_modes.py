@@ -6,7 +6,7 @@ from porter.errors import PorterError
 from porter.verify.modes import Mode, all_modes, parse_mode, parse_modes
 
 REQUIRED = {
-    *("dp2", "cfg2", "ulysses2", "ulysses4", "ring2", "ring4", "pp2", "pp4"),
+    *("dp2", "cfg2", "ulysses2", "ulysses4", "ring2", "ring4", "pp2", "pp2/1", "pp4"),
     *("ring2 x ulysses2", "cfg2 x ulysses2", "cfg2 x ring2", "cfg2 x pp2"),
     *("pp2 x ulysses2", "pp2 x ring2"),
     *("dp2 x cfg2", "dp2 x ulysses2", "dp2 x ring2", "dp2 x pp2"),
@@ -26,7 +26,7 @@ def test_names_read_back() -> None:
     for mode in all_modes():
         assert parse_mode(mode.name) == mode
         assert 2 <= mode.world_size <= 4
-    assert parse_mode("cfg2xulysses2") == Mode(cfg=2, ulysses=2)
+    assert parse_mode("ulysses2xcfg2") == Mode(cfg=2, ulysses=2)
 
 
 def test_a_kind_names_all_its_modes() -> None:
@@ -35,7 +35,17 @@ def test_a_kind_names_all_its_modes() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", "cfg3", "warp2", "ulysses8", "cfg2 x pp4", "ulysses1"]
+    "name",
+    [
+        "",
+        "cfg3",
+        "warp2",
+        "ulysses8",
+        "cfg2 x pp4",
+        "ulysses1",
+        "pp2/3",
+        "pipefusion2/1",
+    ],
 )
 def test_unknown_modes_are_refused_with_the_list(name: str) -> None:
     with pytest.raises(PorterError, match="pipefusion2/2"):

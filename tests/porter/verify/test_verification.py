@@ -129,3 +129,18 @@ def test_a_model_too_dull_to_prove_anything_is_rejected(pixart: Any) -> None:
         with torch.no_grad():
             for weight, value in zip(weights, before, strict=True):
                 weight.copy_(value)
+
+
+def test_proofs_of_what_has_changed_meanwhile_are_not_kept(
+    port: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(port, tmp_path / "generated")
+
+    def meanwhile(name: str, **_: Any) -> verify.Verification:
+        _edit(folder, TRANSFORMER, lambda text: text + "# changed\n")
+        return verify.Verification(name, (), {}, 0.0)
+
+    monkeypatch.setattr(verify, "verify_pipeline", meanwhile)
+    with pytest.raises(PorterError, match="changed while it was verified"):
+        verify.run([NAME], ["cfg2"], generated=folder)
+    assert not read_lock(folder).ports[NAME]["proofs"]
