@@ -224,6 +224,12 @@ GOOD = [NAME, "--model", "checkpoint", "--prompt", PROMPT]
             "mode `pipefusion` is not",
         ),
         ([*GOOD, "--tensor_parallel_degree", "2"], 2, 1, "tensor parallelism is not"),
+        (
+            [*GOOD, "--attention_backend", "no"],
+            1,
+            2,
+            "attention_backend 'no', expected",
+        ),
         ([*GOOD, "--use_parallel_vae"], 1, 1, "parallel VAE is not implemented"),
     ],
 )

@@ -166,8 +166,10 @@ def _run(args: argparse.Namespace) -> int:
     _check_inputs(args, input_config)
     # Not before the flags are checked: these imports take seconds.
     from xfuser_runtime import session
+    from xfuser_runtime.attention import check_backend_name
     from xfuser_runtime.loader import load_pipeline_class, load_upstream_class
 
+    check_backend_name(engine_config.runtime_config.attention_backend)
     cls: Any
     if args.stock:
         cls = load_upstream_class(args.name)
