@@ -35,6 +35,7 @@ class xFuserArgs:
     use_parallel_vae: bool = False
     # run time
     use_torch_compile: bool = False
+    use_cuda_graph: bool = True
     attention_backend: str | None = None
     allow_unproven: bool = False
     # inputs
@@ -77,6 +78,7 @@ class xFuserArgs:
                 else patches
             ),
             use_torch_compile=self.use_torch_compile,
+            use_cuda_graph=self.use_cuda_graph,
             attention_backend=self.attention_backend,
             allow_unproven=self.allow_unproven,
         )
@@ -196,6 +198,12 @@ def _add_runtime_flags(group: argparse._ArgumentGroup) -> None:
         "--use_torch_compile",
         action="store_true",
         help="compile the transformer blocks",
+    )
+    group.add_argument(
+        "--use_cuda_graph",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="capture whole transformer calls on CUDA and replay them (default: yes)",
     )
     group.add_argument(
         "--attention_backend",

@@ -37,6 +37,7 @@ def test_every_field_is_a_flag_that_arrives() -> None:
         "tensor_parallel_degree": 8,
         "use_parallel_vae": True,
         "use_torch_compile": True,
+        "use_cuda_graph": True,
         "attention_backend": "cudnn",
         "allow_unproven": True,
         "prompt": ["a cat", "a dog"],
@@ -57,6 +58,11 @@ def test_every_field_is_a_flag_that_arrives() -> None:
         values = value if isinstance(value, list) else [value]
         words += [f"--{name}"] + ([] if value is True else [str(v) for v in values])
     assert dataclasses.asdict(_parse(*words)) == given
+
+
+def test_what_is_on_by_default_can_be_turned_off() -> None:
+    assert not _parse("--no-use_cuda_graph").use_cuda_graph
+    assert xFuserArgs().create_config()[0].runtime_config.use_cuda_graph
 
 
 def test_the_configurations_hold_what_was_given() -> None:

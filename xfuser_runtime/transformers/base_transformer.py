@@ -27,6 +27,8 @@ from xfuser_runtime.distributed.layout import Segment, TokenLayout
 from xfuser_runtime.distributed.runtime_state import RuntimeState, get_runtime_state
 from xfuser_runtime.layers import wrap_attention, wrap_layer
 from xfuser_runtime.layers.base import rebind_forward
+from xfuser_runtime.transformers.graphs import CallReplayer
+from xfuser_runtime.transformers.kernels import compile_blocks, preferred_kernels
 from xfuser_runtime.transformers.outputs import (
     Template,
     first_tensor,
@@ -88,6 +90,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         module._wrap_submodules()
         if plan.num_stages > 1:
             module._keep_own_blocks(plan)
+        compile_blocks(module, cls.block_loops)
         return module
 
     def _wrap_submodules(self) -> None:
@@ -116,16 +119,18 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
     ) -> Any:
         state = get_runtime_state()
         state.enter_transformer_call()
+        wrapping = self._wrapping
         if (
             parallel_state.get_sequence_parallel_world_size() == 1
             and parallel_state.get_pipeline_parallel_world_size() == 1
         ):
-            return upstream_class(type(self)).forward(self, *args, **kwargs)
-        wrapping = self._wrapping
-        wrapping.latent_shape = tuple(first_tensor((args, kwargs)).shape)
-        if not parallel_state.is_pipeline_last_stage():
-            wrapping.template = self._template(forward, args, kwargs)
-        return forward(self, *args, **kwargs)
+            forward = upstream_class(type(self)).forward
+        else:
+            wrapping.latent_shape = tuple(first_tensor((args, kwargs)).shape)
+            if not parallel_state.is_pipeline_last_stage():
+                wrapping.template = self._template(forward, args, kwargs)
+        with preferred_kernels():
+            return wrapping.replayer.call(forward, self, args, kwargs)
 
     def output_template(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Template:
         """Shapes and types of what a call with these arguments returns: no block runs."""
@@ -305,6 +310,7 @@ class _Wrapping:
         self.template: Template | None = None
         self.latent_shape: tuple[int, ...] = ()
         self.buffers: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
+        self.replayer = CallReplayer()
         self._channel: P2PChannel | None = None
 
     def channel(self) -> P2PChannel:
