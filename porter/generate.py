@@ -95,7 +95,14 @@ def plan(
             failed[name] = error
         else:
             ports[port.name] = port
-    together = {**_sharing(lock, ports), **ports}
+    for name, entry in _sharing(lock, ports).items():
+        # One file cannot come from two versions of the library.
+        if stale_reason(entry):
+            ports[name] = make_port(name)
+    together = {
+        **{n: port_again(n, entry) for n, entry in _sharing(lock, ports).items()},
+        **ports,
+    }
     touched = {path for port in ports.values() for path in port.paths()}
     outputs = {
         path: text
@@ -106,8 +113,9 @@ def plan(
     for name, port in sorted(together.items()):
         if name in ports:
             entry = lock_entry(port, outputs)
-            if override is not None:
-                outputs.update(_add_override(entry, port, override))
+            file = override or _kept_override(lock, name, folder)
+            if file is not None:
+                outputs.update(_add_override(entry, port, file))
         else:
             old = lock.ports[name]
             shared = {p: sha256(t) for p, t in outputs.items() if p in old["outputs"]}
@@ -150,14 +158,22 @@ def _changed_symbols(old: Mapping[str, str], new: Mapping[str, str]) -> list[str
     ]
 
 
-def _sharing(lock: Lock, ports: Mapping[str, Port]) -> dict[str, Port]:
-    """Ports of the lock that share a file with `ports`, made again."""
+def _sharing(lock: Lock, ports: Mapping[str, Port]) -> dict[str, Mapping[str, Any]]:
+    """Entries of the lock that share a file with `ports`."""
     paths = {path for port in ports.values() for path in port.paths()}
     return {
-        name: port_again(name, entry)
+        name: entry
         for name, entry in sorted(lock.ports.items())
         if name not in ports and paths & set(entry["outputs"])
     }
+
+
+def _kept_override(lock: Lock, name: str, folder: Path) -> Path | None:
+    """The subclass that an earlier run recorded; deleting its file drops it."""
+    recorded = lock.ports.get(name, {}).get("override")
+    if not recorded or not (folder / recorded["file"]).is_file():
+        return None
+    return folder / str(recorded["file"])
 
 
 def _add_override(entry: dict[str, Any], port: Port, file: Path) -> dict[str, str]:

@@ -115,8 +115,15 @@ def upstream_symbols(port: Port) -> dict[str, str]:
 
 
 def port_again(name: str, entry: Mapping[str, Any]) -> Port:
-    """The port of a lock's entry from the installed source, without measuring."""
-    return make_port(name, facts_from_json(entry["facts"]))
+    """The port of a lock's entry from the installed source.
+
+    Nothing is measured, unless another version of porter wrote the facts.
+    """
+    try:
+        facts = facts_from_json(entry["facts"])
+    except (KeyError, TypeError, ValueError):
+        facts = None
+    return make_port(name, facts)
 
 
 def _port_name(upstream: Upstream) -> str:

@@ -188,6 +188,23 @@ def test_an_override_is_recorded_and_part_of_the_outputs(
     assert written.read_text() == OVERRIDE
     assert entry["outputs"][entry["override"]["file"]] == source.sha256(OVERRIDE)
     assert drift(tmp_path / "out") == {ALPHA: []}
+    assert add(tmp_path / "out", ALPHA) == [], "a run without --with keeps it"
+    written.unlink()
+    add(tmp_path / "out", ALPHA)
+    assert read_lock(tmp_path / "out").ports[ALPHA]["override"] is None
+
+
+def test_a_port_of_an_older_diffusers_is_made_anew_with_its_neighbours(
+    quick: Facts, tmp_path: Path
+) -> None:
+    add(tmp_path / "fresh", ALPHA, SIGMA)
+    add(tmp_path / "old", ALPHA)
+    lock = tmp_path / "old/porter.lock"
+    data = json.loads(lock.read_text())
+    data["ports"][ALPHA].update(diffusers="0.0.1", facts={})
+    lock.write_text(json.dumps(data))
+    add(tmp_path / "old", SIGMA)
+    assert files(tmp_path / "old") == files(tmp_path / "fresh")
 
 
 def test_an_override_of_another_class_is_refused(quick: Facts, tmp_path: Path) -> None:
