@@ -103,10 +103,9 @@ def _run(
         return hook
 
     handles = [
-        getattr(model, blocks)[0].register_forward_pre_hook(
-            first_block(blocks), with_kwargs=True
-        )
-        for blocks in reads
+        blocks_of[0].register_forward_pre_hook(first_block(name), with_kwargs=True)
+        for name in reads
+        if (blocks_of := getattr(model, name, None))
     ]
     function = instrumented_forward(source, forward, loops, model, report)
     arguments = {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from porter.rules.attention.absolute_imports import AbsoluteImports
 from porter.rules.attention.attention_call import AttentionCall
 from porter.rules.base import Rule
 
-RULES: tuple[type[Rule[Any]], ...] = (AttentionCall,)
+RULES: tuple[type[Rule[Any]], ...] = (AbsoluteImports, AttentionCall)

@@ -1,0 +1,21 @@
+# facts: {"loops": [{"blocks": "blocks", "lengths": {"hidden_states": ["hidden_states", 1]}, "latents": "hidden_states", "context": null, "values": {"hidden_states": [{"dim": 1, "streams": ["hidden_states"], "item": null, "keys": null}]}}], "attention": {"blocks.*.attn1": ["hidden_states"]}, "processors": ["toy.Proc"], "layers": ["torch.nn.modules.conv.Conv2d", "toy.PatchEmbed"]}
+class ToyModel(ModelMixin):
+    def __init__(self):
+        super().__init__()
+
+    def forward(self, hidden_states, context=None, rope=None, mask=None, return_dict=True):
+        hidden_states = self.embed(hidden_states.flatten(2).transpose(1, 2))
+        for index, layer in enumerate(self.blocks):
+            hidden_states = layer(hidden_states, context)
+        return self.proj_out(hidden_states)
+# output
+class ToyModel(ModelMixin):
+    def __init__(self):
+        super().__init__()
+
+    def forward(self, hidden_states, context=None, rope=None, mask=None, return_dict=True):
+        hidden_states = self.embed(hidden_states.flatten(2).transpose(1, 2))
+        for index, layer in enumerate(self.blocks):
+            if region.owns(layer):
+                hidden_states = layer(hidden_states, context)
+        return self.proj_out(hidden_states)

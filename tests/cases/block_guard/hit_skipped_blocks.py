@@ -1,0 +1,24 @@
+# facts: {"loops": [{"blocks": "blocks", "lengths": {"hidden_states": ["hidden_states", 1]}, "latents": "hidden_states", "context": null, "values": {"hidden_states": [{"dim": 1, "streams": ["hidden_states"], "item": null, "keys": null}]}}], "attention": {"blocks.*.attn1": ["hidden_states"]}, "processors": ["toy.Proc"], "layers": ["torch.nn.modules.conv.Conv2d", "toy.PatchEmbed"]}
+class ToyModel(ModelMixin):
+    def __init__(self):
+        super().__init__()
+
+    def forward(self, hidden_states, context=None, rope=None, mask=None, return_dict=True):
+        for index_block, block in enumerate(self.blocks):
+            is_skip = index_block in self.skip_layers
+            if torch.is_grad_enabled() and self.gradient_checkpointing and not is_skip:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states)
+            elif not is_skip:
+                hidden_states = block(hidden_states)
+        return (self.proj_out(hidden_states),)
+# output
+class ToyModel(ModelMixin):
+    def __init__(self):
+        super().__init__()
+
+    def forward(self, hidden_states, context=None, rope=None, mask=None, return_dict=True):
+        for index_block, block in enumerate(self.blocks):
+            is_skip = index_block in self.skip_layers
+            if region.owns(block) and not is_skip:
+                hidden_states = block(hidden_states)
+        return (self.proj_out(hidden_states),)
