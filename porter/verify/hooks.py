@@ -1,4 +1,4 @@
-"""Watching and replacing the attention of a stock pipeline, for reference runs.
+"""Watching and replacing what a stock pipeline calls, for reference runs.
 
 Every attention of diffusers that is softmax over keys ends in torch's
 `scaled_dot_product_attention`, called by the processor or by `dispatch_attention_fn`'s
@@ -11,6 +11,7 @@ Shapes: query (B, H, Sq, D), key and value (B, H, Sk, D).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -137,3 +138,39 @@ def denoisers(pipeline: Any) -> dict[str, nn.Module]:
             "model among its components; it cannot be verified"
         )
     return found
+
+
+def install_step(scheduler: Any, replacement: Callable[..., Any]) -> None:
+    """Let `scheduler.step` call `replacement(original, args, kwargs)`, signature kept."""
+    original = type(scheduler).step.__get__(scheduler)
+
+    @functools.wraps(original)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return replacement(original, args, kwargs)
+
+    scheduler.step = step
+
+
+@contextlib.contextmanager
+def replaced_step(scheduler: Any, replacement: Callable[..., Any]) -> Iterator[None]:
+    """As `install_step`, for the time of the block."""
+    install_step(scheduler, replacement)
+    try:
+        yield
+    finally:
+        del scheduler.step
+
+
+@contextlib.contextmanager
+def replaced_global(namespace: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    """A global of a module, set for the time of the block."""
+    missing = object()
+    before = namespace.get(name, missing)
+    namespace[name] = value
+    try:
+        yield
+    finally:
+        if before is missing:
+            del namespace[name]
+        else:
+            namespace[name] = before

@@ -32,24 +32,21 @@ frame, once a pass: `enumerate`, as the pipeline's module sees it, hands out the
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from porter.verify.floor import output_tensors, seeded
-from porter.verify.geometry import LatentRows, OracleRefusal, TokenProbe
-from porter.verify.hooks import AttentionCall, denoisers, replaced_attention
+from porter.verify.geometry import OracleRefusal
+from porter.verify.hooks import install_step, replaced_global, replaced_step
+from porter.verify.stale_keys import StaleKeys
 
-#: A call site in the pass: denoiser, n-th call of it, n-th attention of that call.
-Site = tuple[str, int, int]
 _CALLBACKS = ("callback", "callback_on_step_end")
 
 
@@ -81,29 +78,11 @@ class DisplacedPatches:
 
 
 @dataclass
-class _Cache:
-    """Keys and values of all rows at one call site, (B, H, S, D), and which are valid."""
-
-    key: torch.Tensor
-    value: torch.Tensor
-    filled: torch.Tensor
-
-
-@dataclass
 class _Latents:
     """Rows as the last stage made them and as stage 0 sees them."""
 
     newest: torch.Tensor
     seen: torch.Tensor
-
-
-@dataclass
-class _Probed:
-    """What the probe found: the regions of the patches and each site's rows by patch."""
-
-    rows: LatentRows
-    regions: tuple[tuple[int, int], ...]
-    site_rows: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
 
 class _Simulation:
@@ -116,21 +95,20 @@ class _Simulation:
         self._pipeline = pipeline
         self._call = call
         self._callback_names = [n for n in _CALLBACKS if call.get(n) is not None]
-        self._step, self._patch, self._last_step = 0, None, 0
-        self._in_loop = False
+        self._step, self._last_step = 0, 0
+        self._patch: int | None = None
+        self._in_pass = False
         self._steps_in_pass = 0
-        self._denoiser: str | None = None
-        self._in_region = 0
-        self._calls: dict[str, int] = {}
-        self._site = 0
-        self._cached: dict[Site, _Cache] = {}
-        self._probed: dict[Site, _Probed] = {}
+        self._keys = StaleKeys(
+            pipeline,
+            num_patches=plan.num_patches,
+            has_warmup=plan.warmup_steps > 0,
+            regions=plan.regions,
+        )
         self._latents: _Latents | None = None
         self._main = pipeline.scheduler
         self._copies: list[Any] = []
         self._random: list[torch.Tensor] = []
-
-    _patch: int | None
 
     def run(self) -> tuple[torch.Tensor, ...]:
         pipeline = self._pipeline
@@ -139,13 +117,13 @@ class _Simulation:
             self._call[name] = self._once_a_step(self._call[name])
         with contextlib.ExitStack() as stack:
             stack.callback(vars(pipeline).__setitem__, "scheduler", self._main)
-            stack.enter_context(_global(code.__globals__, "enumerate", self._enumerate))
-            stack.enter_context(_hooked_step(self._main, self._scheduler_step))
-            for name, module in denoisers(pipeline).items():
-                stack.enter_context(self._watched(name, module))
-            stack.enter_context(replaced_attention(self._attention))
+            stack.enter_context(
+                replaced_global(code.__globals__, "enumerate", self._enumerate)
+            )
+            stack.enter_context(replaced_step(self._main, self._scheduler_step))
+            stack.enter_context(self._keys.watching())
             outputs = output_tensors(pipeline(**self._call))
-        if not self._probed:
+        if not self._keys.is_probed:
             raise OracleRefusal(
                 f"{type(pipeline).__name__} never looped over enumerate(timesteps), "
                 "expected that loop around its denoiser"
@@ -156,7 +134,7 @@ class _Simulation:
 
     def _enumerate(self, values: Iterable[Any], start: int = 0) -> Iterator[Any]:
         if not self._is_timesteps(values):
-            return builtins.enumerate(values, start)
+            return enumerate(values, start)
         return self._passes(values, start)
 
     def _is_timesteps(self, values: Iterable[Any]) -> bool:
@@ -174,7 +152,7 @@ class _Simulation:
         """Yield `(i, t)` once a pass: whole in the warm-up, then once a patch."""
         times = list(timesteps)
         self._last_step = len(times) - 1
-        for step, t in builtins.enumerate(times):
+        for step, t in enumerate(times):
             if step < self._plan.warmup_steps:
                 patches: Iterable[int | None] = (None,)
             else:
@@ -182,13 +160,14 @@ class _Simulation:
             for patch in patches:
                 self._begin(step, patch)
                 yield start + step, t
-                self._in_loop = False
+                self._in_pass = False
+                self._keys.end_pass()
         vars(self._pipeline)["scheduler"] = self._main
 
     def _begin(self, step: int, patch: int | None) -> None:
-        self._step, self._patch, self._in_loop = step, patch, True
+        self._step, self._patch, self._in_pass = step, patch, True
         self._steps_in_pass = 0
-        self._calls.clear()
+        self._keys.begin_pass(step, patch)
         if patch is None:
             return
         if not self._copies:
@@ -211,133 +190,21 @@ class _Simulation:
     def _is_last_pass(self) -> bool:
         return self._patch is None or self._patch == self._plan.num_patches - 1
 
-    # The denoiser.
-
-    @contextlib.contextmanager
-    def _watched(self, name: str, module: nn.Module) -> Iterator[None]:
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            if not self._in_loop:
-                return
-            self._calls[name] = self._calls.get(name, -1) + 1
-            self._site = 0
-            key = (name, self._calls[name], 0)
-            if key not in self._probed:
-                self._probed[key] = self._probe(module, args, kwargs)
-            self._denoiser = name
-
-        def leave(*_: Any) -> None:
-            self._denoiser = None
-
-        def enter_region(*_: Any) -> None:
-            self._in_region += 1
-
-        def leave_region(*_: Any) -> None:
-            self._in_region -= 1
-
-        handles = [
-            module.register_forward_pre_hook(enter, with_kwargs=True),
-            module.register_forward_hook(leave, always_call=True),
-        ]
-        for region in self._plan.regions or ():
-            for block in module.get_submodule(region).children():
-                handles.append(block.register_forward_pre_hook(enter_region))
-                handles.append(
-                    block.register_forward_hook(leave_region, always_call=True)
-                )
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _probe(self, module: nn.Module, args: Any, kwargs: Any) -> _Probed:
-        probe = TokenProbe(module, args, kwargs, skip=self._outside_regions)
-        rows = probe.rows()
-        # Branches may have texts of different lengths; a patch is one region for them all.
-        first = next(iter(self._probed.values()), None)
-        regions = (
-            rows.borders(self._plan.num_patches) if first is None else first.regions
-        )
-        probed = _Probed(rows, regions)
-        for patch, (start, stop) in builtins.enumerate(probed.regions):
-            for site, (_, keys) in builtins.enumerate(
-                probe.touched(rows.axis, start, stop)
-            ):
-                probed.site_rows[site, patch] = keys
-        whole = probe.touched(rows.axis, 0, probed.regions[-1][1])
-        for site, (_, keys) in builtins.enumerate(whole):
-            if keys.any():
-                probed.site_rows[site, 0] = probed.site_rows[site, 0] | ~keys
-        return probed
-
-    def _outside_regions(self) -> bool:
-        return self._plan.regions is not None and not self._in_region
-
-    def _attention(self, call: AttentionCall) -> torch.Tensor:
-        if self._denoiser is None or self._outside_regions():
-            return call.run()
-        name, number = self._denoiser, self._calls[self._denoiser]
-        site, self._site = self._site, self._site + 1
-        rows = self._probed[name, number, 0].site_rows
-        if not any(rows[site, p].any() for p in range(self._plan.num_patches)):
-            return call.run()
-        if call.is_causal:
-            raise OracleRefusal("causal attention, expected attention over all tokens")
-        cache = self._updated((name, number, site), call, rows)
-        shown = AttentionCall(**{**vars(call), "key": cache.key, "value": cache.value})
-        if cache.filled.all():
-            return shown.run()
-        return shown.select_keys(cache.filled.nonzero().flatten()).run()
-
-    def _updated(
-        self,
-        site: Site,
-        call: AttentionCall,
-        site_rows: Mapping[tuple[int, int], torch.Tensor],
-    ) -> _Cache:
-        """This site's cache after the rows of the running pass were written into it."""
-        length = call.key.shape[-2]
-        if self._patch is None:
-            everything = torch.ones(length, dtype=torch.bool)
-            self._cached[site] = _Cache(call.key, call.value, everything)
-            return self._cached[site]
-        if site not in self._cached:
-            if self._step > 0 and self._plan.warmup_steps > 0:
-                raise OracleRefusal(
-                    f"denoiser call {site[1]} first comes at step {self._step}, expected "
-                    "every call of a step in the warm-up"
-                )
-            nothing = torch.zeros(length, dtype=torch.bool)
-            self._cached[site] = _Cache(call.key, call.value, nothing)
-        old, rows = self._cached[site], site_rows[site[2], self._patch]
-        if old.key.shape != call.key.shape:
-            raise OracleRefusal(
-                f"keys of shape {tuple(call.key.shape)} after {tuple(old.key.shape)}, "
-                "expected one shape in all steps; guidance must not change in the loop"
-            )
-        mine = rows[:, None]
-        self._cached[site] = _Cache(
-            torch.where(mine, call.key, old.key),
-            torch.where(mine, call.value, old.value),
-            old.filled | rows,
-        )
-        return self._cached[site]
-
     # The scheduler.
 
     def _copy(self) -> Any:
         """A copy of the scheduler as the warm-up left it, stepping through this object."""
         vars(self._main).pop("step")
         copied = copy.deepcopy(self._main)
-        _install_step(self._main, self._scheduler_step)
-        _install_step(copied, self._scheduler_step)
+        install_step(self._main, self._scheduler_step)
+        install_step(copied, self._scheduler_step)
         return copied
 
     def _scheduler_step(
         self, step: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Step the rows of the running pass; return latents as stage 0 sees them next."""
-        if not self._in_loop:
+        if not self._in_pass:
             return step(*args, **kwargs)
         sample = inspect.signature(step).bind(*args, **kwargs).arguments["sample"]
         self._take(sample)
@@ -348,7 +215,7 @@ class _Simulation:
             return result
         latents, regions = self._latents, self._regions(sample)
         assert latents is not None
-        axis = self._rows().axis
+        axis = self._keys.rows.axis
         latents.newest = _with_rows(latents.newest, stepped, axis, regions[self._patch])
         if self._is_last_pass():
             is_whole = self._step == self._last_step or bool(self._callback_names)
@@ -381,12 +248,8 @@ class _Simulation:
                 )
             self._latents = _Latents(sample, sample)
 
-    def _rows(self) -> LatentRows:
-        return next(iter(self._probed.values())).rows
-
     def _regions(self, sample: torch.Tensor) -> tuple[tuple[int, int], ...]:
-        regions = next(iter(self._probed.values())).regions
-        axis = self._rows().axis
+        axis, regions = self._keys.rows.axis, self._keys.regions
         if sample.dim() <= axis or sample.shape[axis] != regions[-1][1]:
             raise OracleRefusal(
                 f"the scheduler steps {tuple(sample.shape)}, expected "
@@ -430,38 +293,3 @@ def _with_sample(result: Any, sample: torch.Tensor) -> Any:
     changed = copy.copy(result)
     changed.prev_sample = sample
     return changed
-
-
-def _install_step(scheduler: Any, replacement: Callable[..., Any]) -> None:
-    """Let `scheduler.step` call `replacement(original, args, kwargs)`, signature kept."""
-    original = type(scheduler).step.__get__(scheduler)
-
-    @functools.wraps(original)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        return replacement(original, args, kwargs)
-
-    scheduler.step = step
-
-
-@contextlib.contextmanager
-def _hooked_step(scheduler: Any, replacement: Callable[..., Any]) -> Iterator[None]:
-    _install_step(scheduler, replacement)
-    try:
-        yield
-    finally:
-        del scheduler.step
-
-
-@contextlib.contextmanager
-def _global(namespace: dict[str, Any], name: str, value: Any) -> Iterator[None]:
-    """A global of a module, set for a while."""
-    missing = object()
-    before = namespace.get(name, missing)
-    namespace[name] = value
-    try:
-        yield
-    finally:
-        if before is missing:
-            del namespace[name]
-        else:
-            namespace[name] = before

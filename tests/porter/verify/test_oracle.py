@@ -21,6 +21,7 @@ from porter.verify.floor import reference, run_stock
 from porter.verify.gate import passes, relative_error, sabotage_shows
 from porter.verify.geometry import LatentRows, OracleRefusal
 from porter.verify.oracle import DisplacedPatches
+from porter.verify.stale_keys import StaleKeys
 from tests.porter.verify import by_hand
 from xfuser_runtime.distributed.layout import Segment, TokenLayout
 
@@ -144,7 +145,7 @@ def test_wrong_timing_is_seen(pixart: Any, monkeypatch: pytest.MonkeyPatch) -> N
     call = fresh(pixart, GUIDED)
     floor = reference(pixart, call).floor
     right = DisplacedPatches(3, 1).run(pixart, call)
-    updated = oracle._Simulation._updated
+    updated = StaleKeys._updated
 
     def frozen(self: Any, site: Any, call: Any, rows: Any) -> Any:
         before = self._cached.get(site)
@@ -153,7 +154,7 @@ def test_wrong_timing_is_seen(pixart: Any, monkeypatch: pytest.MonkeyPatch) -> N
             self._cached[site] = before
         return after
 
-    monkeypatch.setattr(oracle._Simulation, "_updated", frozen)
+    monkeypatch.setattr(StaleKeys, "_updated", frozen)
     wrong = DisplacedPatches(3, 1).run(pixart, call)
     assert sabotage_shows(relative_error(wrong, right), floor)
 
