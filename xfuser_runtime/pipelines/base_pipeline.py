@@ -8,6 +8,7 @@ here; the generated subclass holds the rewritten `__call__`.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import nn
 
+from xfuser_runtime.attention.backends import check_backend_name
 from xfuser_runtime.base_wrapper import (
     swap_class,
     upstream_class,
@@ -25,6 +27,7 @@ from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.collectives import all_reduce_max
 from xfuser_runtime.distributed.launch import prepare_environment
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
+from xfuser_runtime.layers.attention import reset_kv_caches
 from xfuser_runtime.pipelines import cfg
 from xfuser_runtime.pipelines.data_parallel import enable_data_parallel
 from xfuser_runtime.pipelines.denoising_loop import DenoisingLoop
@@ -59,8 +62,9 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
         """Swap the class of `pipeline`; its whole `__dict__` stays as it is.
 
         Raises:
-            ValueError: when the pipeline is of another class, a mode is not proven or the
-                degrees do not fit the world size.
+            ValueError: when the pipeline is of another class, a mode is not proven, no
+                attention kernel has the name asked for, or the degrees do not fit the
+                world size.
         """
         original = upstream_class(cls)
         if upstream_class_of_instance(pipeline) is not original:
@@ -69,6 +73,7 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
                 f"{original.__name__}; wrap it with the port of its own class"
             )
         cls.check_proven(engine_config)
+        check_backend_name(engine_config.runtime_config.attention_backend)
         prepare_environment(engine_config)
         swap_class(pipeline, cls)
         for name, component in list(pipeline.components.items()):
@@ -114,6 +119,7 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
             group = parallel_state.get_replica_group()
             if group.world_size == 1:
                 return upstream_class(type(self)).__call__(self, *args, **kwargs)
+            self._forget_last_call()
             with same_randomness(group, args, kwargs):
                 try:
                     output = function(self, *args, **kwargs)
@@ -139,21 +145,19 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
             has_callback=callback is not None,
         )
         self.__dict__["_xfuser_loop"] = loop
-        for item in loop.sync_steps():
-            yield item
-            self._agree_to_interrupt()
+        yield from self._watched(loop.sync_steps())
 
     def _async_pipeline(self) -> Iterator[Any]:
         """One pass for each patch of each step that `_sync_pipeline` left (PipeFusion)."""
-        for item in self._loop.async_steps():
-            yield item
-            self._agree_to_interrupt()
+        yield from self._watched(self._loop.async_steps())
 
     def _receive_patch(self, latents: torch.Tensor) -> torch.Tensor:
         """The latents this pass starts from; see `DenoisingLoop.receive`."""
         return self._loop.receive(latents)
 
-    def _commit_patch(self, before: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
+    def _commit_patch(
+        self, before: torch.Tensor, latents: torch.Tensor
+    ) -> torch.Tensor:
         """The latents after this pass; see `DenoisingLoop.commit`.
 
         Raises:
@@ -207,21 +211,58 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
         its way is lost with the objects that hold it."""
         if "_xfuser_loop" in self.__dict__:
             self._loop.finish_sends()
+        for transformer in self._wrapped_transformers():
+            transformer.finish_sends()
+
+    def _forget_last_call(self) -> None:
+        """Keys and values of another call must not be read, whatever ended that call."""
+        for transformer in self._wrapped_transformers():
+            reset_kv_caches(transformer)
+
+    def _wrapped_transformers(self) -> Iterator[xFuserTransformerBaseWrapper]:
         for component in self.components.values():  # type: ignore[attr-defined]
             inner = getattr(component, "_orig_mod", component)
             if isinstance(inner, xFuserTransformerBaseWrapper):
-                inner.finish_sends()
+                yield inner
+
+    def _watched(self, passes: Iterator[Any]) -> Iterator[Any]:
+        """`passes`, with an eye on what a callback changes of the pipeline."""
+        for item in passes:
+            guided = self._guidance_is_on()
+            yield item
+            if self._loop.has_callback and self._loop.step_is_complete:
+                self._agree_to_interrupt()
+                if self._guidance_is_on() != guided:
+                    self._loop.run_whole_step()
+
+    def _guidance_is_on(self) -> tuple[bool, ...]:
+        """Whether guidance doubles the work of a step, as far as attributes tell.
+
+        diffusers' pipelines have `do_classifier_free_guidance`, or compare their scales
+        with 1, some with 0, in the loop.
+        """
+        told = getattr(self, "do_classifier_free_guidance", None)
+        if told is not None:
+            return (bool(told),)
+        scales = [
+            value
+            for name, value in sorted(vars(self).items())
+            if re.fullmatch(r"_\w*guidance_scale\w*", name)
+            and isinstance(value, (int, float))
+        ]
+        return tuple(scale > bound for scale in scales for bound in (0, 1))
 
     def _agree_to_interrupt(self) -> None:
         """After a step with a callback: if one rank wants to stop, all stop."""
-        if not self._loop.has_callback or not self._loop.step_is_complete:
-            return
-        if not hasattr(self, "_interrupt"):
+        attributes = vars(self)
+        if "_interrupt" not in attributes:
             return
         group = parallel_state.get_replica_group()
         device = self._execution_device  # type: ignore[attr-defined]
         self._interrupt = bool(
-            all_reduce_max(torch.tensor(int(bool(self._interrupt)), device=device), group)
+            all_reduce_max(
+                torch.tensor(int(bool(self._interrupt)), device=device), group
+            )
         )
 
 

@@ -86,9 +86,7 @@ def batched_call(
     return call
 
 
-def branch_call(
-    transformer: Any, branch: int, other_runs: bool
-) -> Callable[..., Any]:
+def branch_call(transformer: Any, branch: int, other_runs: bool) -> Callable[..., Any]:
     """`transformer` for one of two sequential branches; the other rank runs the other one.
 
     Args:
@@ -129,9 +127,7 @@ def exchange_branches(first: torch.Tensor, second: torch.Tensor) -> Any:
             "guidance branches, expected one shape; run without use_cfg_parallel"
         )
     own = (first, second)[parallel_state.get_classifier_free_guidance_rank()]
-    both = all_gather(
-        own.unsqueeze(0), 0, (1, 1), parallel_state.get_cfg_group()
-    )
+    both = all_gather(own.unsqueeze(0), 0, (1, 1), parallel_state.get_cfg_group())
     return both[0], both[1]
 
 
@@ -178,7 +174,8 @@ def _gather_batch(half: Any) -> Any:
 
 def _forward_of(transformer: Any) -> Callable[..., Any]:
     # A compiled module hides the parameters of the module it runs.
-    return type(getattr(transformer, "_orig_mod", transformer)).forward
+    inner: Any = type(getattr(transformer, "_orig_mod", transformer))
+    return inner.forward  # type: ignore[no-any-return]
 
 
 @functools.cache

@@ -22,7 +22,7 @@ import torch
 
 from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.errors import InputError
-from xfuser_runtime.randomness import rows_of_whole_batch
+from xfuser_runtime.randomness import rows_of_whole_batch, same_randomness
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,38 +53,41 @@ def enable_data_parallel(function: F) -> F:
 
     @functools.wraps(function)
     def replicated(self: Any, *args: Any, **kwargs: Any) -> Any:
-        replicas = parallel_state.get_data_parallel_world_size()
-        if replicas == 1:
+        if parallel_state.get_data_parallel_world_size() == 1:
             return function(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs)
-        batch = count_prompts(bound.arguments)
-        if batch is None or batch == 1:
-            return function(self, *args, **kwargs)
-        share = Share.of_replica(
-            batch,
-            _images_per_prompt(bound),
-            parallel_state.get_data_parallel_rank(),
-            replicas,
-        )
-        whole = dict(bound.arguments)
-        for name, parameter in list(signature.parameters.items())[1:]:
-            if whole.get(name) is not None:
-                bound.arguments[name] = share.take(
-                    name, _type_text(parameter), whole[name]
-                )
-        if share.start == share.stop:
-            self.maybe_free_model_hooks()
-            return None
-        with rows_of_whole_batch(
-            share.start,
-            share.stop,
-            batch,
-            own_generators=_own_generators(bound.arguments),
-            shared_posterior=_pictures_are_shared(whole, bound.arguments),
-        ):
-            return function(*bound.args, **bound.kwargs)
+        # Rows of one whole batch only where all replicas draw from the same state.
+        with same_randomness(parallel_state.get_world_group(), args, kwargs):
+            return _run_share(function, signature.bind(self, *args, **kwargs))
 
     return replicated  # type: ignore[return-value]
+
+
+def _run_share(function: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+    """What `function` returns for this replica's share of the prompts."""
+    batch = count_prompts(bound.arguments)
+    if batch is None or batch == 1:
+        return function(*bound.args, **bound.kwargs)
+    share = Share.of_replica(
+        batch,
+        _images_per_prompt(bound),
+        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    whole = dict(bound.arguments)
+    for name, parameter in list(bound.signature.parameters.items())[1:]:
+        if whole.get(name) is not None:
+            bound.arguments[name] = share.take(name, _type_text(parameter), whole[name])
+    if share.start == share.stop:
+        bound.args[0].maybe_free_model_hooks()
+        return None
+    with rows_of_whole_batch(
+        share.start,
+        share.stop,
+        batch,
+        own_generators=_own_generators(bound.arguments),
+        shared_posterior=_pictures_are_shared(whole, bound.arguments),
+    ):
+        return function(*bound.args, **bound.kwargs)
 
 
 def count_prompts(arguments: dict[str, Any]) -> int | None:

@@ -9,14 +9,13 @@ whole latents to every stage at the end of a step when a callback wants to see t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from xfuser_runtime.distributed import parallel_state
-from xfuser_runtime.distributed.collectives import P2PChannel
+from xfuser_runtime.distributed.collectives import P2PChannel, broadcast
 from xfuser_runtime.distributed.runtime_state import RuntimeState
 
 
@@ -45,24 +44,41 @@ class DenoisingLoop:
         self._num_stages = self._group.world_size
         self.sync_only = self._num_stages == 1 or num_warmup_steps >= len(items)
         self._num_sync = len(items) if self.sync_only else num_warmup_steps
-        self._num_patches = 1 if self.sync_only else state.runtime_config.num_pipeline_patch
+        self._num_patches = (
+            1 if self.sync_only else state.runtime_config.num_pipeline_patch
+        )
         self._channel = (
             P2PChannel(self._group, feedback=True) if self._num_stages > 1 else None
         )
+        self._next_is_whole = False
+        self._committed: dict[int | None, torch.dtype] = {}
 
     def sync_steps(self) -> Iterator[Any]:
         """Whole passes over the warm-up steps, over all steps when `sync_only`."""
         self._state.num_patches = self._num_patches
         for step in range(self._num_sync):
+            self._next_is_whole = False
             self._state.start_pass(step=step, patch=None)
             yield self._items[step]
 
     def async_steps(self) -> Iterator[Any]:
-        """One pass a patch for each step after the warm-up."""
+        """One pass a patch for each step after the warm-up; see `run_whole_step`."""
         for step in range(self._num_sync, len(self._items)):
-            for patch in range(self._num_patches):
+            patches: Iterable[int | None] = range(self._num_patches)
+            if self._next_is_whole:
+                patches, self._next_is_whole = (None,), False
+            for patch in patches:
                 self._state.start_pass(step=step, patch=patch)
                 yield self._items[step]
+
+    def run_whole_step(self) -> None:
+        """Make the next step one whole pass, which fills the K/V caches anew.
+
+        For a callback that changes the batch of the transformer's input: what patches keep
+        of the step before has another shape. Every stage holds whole latents then.
+        """
+        assert self.has_callback, "only a callback changes a call while it runs"
+        self._next_is_whole = True
 
     @property
     def step_is_complete(self) -> bool:
@@ -79,22 +95,34 @@ class DenoisingLoop:
         state = self._state
         state.latents_shape = tuple(latents.shape)
         step, patch = state.step, state.patch
-        if self._channel is None or self.has_callback or step == 0 or not self._is_first:
+        if (
+            self._channel is None
+            or self.has_callback
+            or step == 0
+            or not self._is_first
+        ):
             return latents
-        last = self._num_stages - 1
         if patch is None or (step == self._num_sync and patch == 0):
-            buffer = torch.empty_like(latents, memory_format=torch.contiguous_format)
-            return self._channel.recv(buffer, last)
+            return self._receive_like(latents, self._committed[None])
         if step == self._num_sync:
             return latents
         region = state.latent_slice
         assert region is not None
-        rows = latents.narrow(region.dim, region.start, region.length)
-        buffer = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        return region.write(latents, self._channel.recv(buffer, last))
+        rows = self._receive_like(region.narrow(latents), self._committed[patch])
+        return region.write(latents, rows)
+
+    def _receive_like(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What the last stage sent of a pass, of the type that this stage committed too."""
+        assert self._channel is not None
+        buffer = torch.empty_like(
+            like, dtype=dtype, memory_format=torch.contiguous_format
+        )
+        return self._channel.recv(buffer, self._num_stages - 1).to(like.dtype)
 
     def commit(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """What the body made of the latents, taken over for this pass's region only.
+
+        The latents get the data type that the body gave them, on every stage.
 
         Args:
             before: whole latents at the start of the pass.
@@ -103,22 +131,21 @@ class DenoisingLoop:
         region = self._state.latent_slice
         if self._channel is None:
             return after
-        latents = before
+        self._committed[self._state.patch] = after.dtype
+        latents = before.to(after.dtype)
         if self._is_last:
             if region is None:
                 latents = sent = after
             else:
-                sent = after.narrow(region.dim, region.start, region.length)
-                latents = region.write(before, sent)
+                sent = region.narrow(after)
+                latents = region.write(latents, sent)
             if not self.has_callback and self._state.step < len(self._items) - 1:
                 self._channel.send(sent.contiguous(), 0)
         if self.has_callback and self.step_is_complete:
             latents = latents.contiguous()
             if not self._is_last:
                 latents = torch.empty_like(latents)
-            dist.broadcast(
-                latents, src=self._group.ranks[-1], group=self._group.process_group
-            )
+            broadcast(latents, self._group, self._num_stages - 1)
         return latents
 
     def finish_sends(self) -> None:
