@@ -115,6 +115,8 @@ def _read_loop(
         )
     statement = module.statement(calls[0])
     choice = _choice_around(module, calls[0])
+    if choice is not None:
+        dead |= {*walk(choice.body), *walk(choice.test)}
     carried = _targets(statement, choice or calls[0])
     if carried is None:
         raise Refusal(

@@ -15,6 +15,8 @@ from porter.probe.guidance import measure_guidance
 from porter.probe.transformer import probe_transformer
 from porter.shrink import call_kwargs, image_sizes, make_checkpoint
 
+VARIANTS = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1))
+"""(image size, text) of the runs, as indices."""
 ParsedOf = Callable[[type], ParsedModule]
 
 
@@ -37,16 +39,17 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
         call_kwargs, pipeline, height=first[0], width=first[1], num_inference_steps=2
     )
     style, axes = measure_guidance(pipeline, kwargs_of)
-    variants = [_first_calls(pipeline, size, 0) for size in image_sizes(pipeline)]
-    variants.append(_first_calls(pipeline, first, 1))
+    sizes = image_sizes(pipeline)
+    runs = [_first_calls(pipeline, sizes[size], text) for size, text in VARIANTS]
     transformers = {
         name: probe_transformer(
             getattr(pipeline, name),
             parsed_of(type(getattr(pipeline, name))),
-            [calls[name] for calls in variants],
+            [calls[name] for calls in runs],
+            VARIANTS,
         )
-        for name in variants[0]
-        if all(name in calls for calls in variants)
+        for name in runs[0]
+        if all(name in calls for calls in runs)
     }
     if not transformers:
         raise Refusal(

@@ -6,21 +6,24 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any
 
 import torch
 from torch import nn
 
 from porter.analysis.block_loops import BlockLoop, find_block_loops, find_method
-from porter.analysis.facts import LoopFacts, TokenAxis, TransformerFacts
+from porter.analysis.facts import LoopFacts, TransformerFacts
 from porter.errors import Refusal
 from porter.parsed import ParsedModule
+from porter.probe.axes import AxisSolver
 from porter.probe.capture import TransformerCall
 from porter.probe.latents import latent_places
 from porter.probe.instrument import instrumented_forward
 from porter.probe.leaves import leaf_shapes
 from porter.probe.provenance import KeyOrigins, runs_of
+
+
+Variant = tuple[int, int]
 
 
 @dataclass
@@ -35,14 +38,19 @@ class _LoopRun:
 
 
 def probe_transformer(
-    model: nn.Module, source: ParsedModule, calls: Sequence[TransformerCall]
+    model: nn.Module,
+    source: ParsedModule,
+    calls: Sequence[TransformerCall],
+    variants: Sequence[Variant],
 ) -> TransformerFacts:
     """Facts of `model` from calls at several image sizes and text lengths.
 
     Args:
         model: the shrunken stock model.
         source: the module that defines its class.
-        calls: one call a variant; the image size and the text length each change.
+        calls: one call a variant.
+        variants: (image size, text) of each call, as indices; the first two differ in the
+            image size alone.
 
     Raises:
         Refusal: a token-indexed value or an attention that no mechanism covers.
@@ -59,7 +67,9 @@ def probe_transformer(
         seen = [run[loop.blocks] for run in runs if loop.blocks in run]
         if len(seen) != len(calls):
             continue
-        measured = _LoopProbe(source, loop, seen, places.get(loop.blocks, {})).measure()
+        measured = _LoopProbe(
+            source, loop, seen, variants, places.get(loop.blocks, {})
+        ).measure()
         if measured is not None:
             facts.append(measured.facts)
             attention.update(measured.attention)
@@ -136,11 +146,14 @@ class _LoopProbe:
         source: ParsedModule,
         loop: BlockLoop,
         runs: Sequence[_LoopRun],
+        variants: Sequence[Variant],
         places: Mapping[str, tuple[int, int, int]],
     ) -> None:
         self._source = source
         self._loop = loop
         self._runs = runs
+        self._sizes = [size for size, _ in variants]
+        self._texts = [text for _, text in variants]
         self._places = places
         self._where = source.where(loop.node)
 
@@ -162,7 +175,15 @@ class _LoopProbe:
                 streams.update(dict.fromkeys(keys))
         lengths = {name: self._lengths(name, axes[name]) for name in streams}
         order = self._joint_order(origins, streams)
-        values = self._values(lengths, order)
+        solver = AxisSolver(
+            [run.shapes for run in self._runs], self._texts, lengths, order, self._where
+        )
+        values = {
+            name: found
+            for name in dict.fromkeys((*self._loop.carried, *self._loop.reads))
+            if (found := solver.axes_of(name))
+        }
+        self._check_integers()
         latents, context = self._latents(image, lengths)
         sharded = {
             path: keys for path, keys in origins.items() if set(keys) & set(streams)
@@ -217,11 +238,20 @@ class _LoopProbe:
         lengths = self._lengths(name, axes[name])
         return lengths[0] != lengths[1]
 
+    def _with_text(self, lengths: Sequence[int]) -> bool:
+        """True when a length changes between runs of the same image size."""
+        runs = range(len(lengths))
+        return any(
+            lengths[i] != lengths[j] and self._sizes[i] == self._sizes[j]
+            for i in runs
+            for j in runs
+        )
+
     def _latents(
         self, image: Sequence[str], lengths: Mapping[str, tuple[int, ...]]
     ) -> tuple[str | None, str | None]:
         """The one stream that holds the latents' tokens, and where others stand in it."""
-        alone = [name for name in image if lengths[name][0] == lengths[name][-1]]
+        alone = [name for name in image if not self._with_text(lengths[name])]
         if len(alone) == 1:
             return alone[0], None
         if len(image) != 1 or image[0] not in self._places:
@@ -288,87 +318,6 @@ class _LoopProbe:
         joint = next(iter(orders), ())
         return joint + tuple(name for name in streams if name not in joint)
 
-    def _values(
-        self, lengths: Mapping[str, tuple[int, ...]], order: tuple[str, ...]
-    ) -> dict[str, tuple[TokenAxis, ...]]:
-        """Token axes of all variables that the loop reads."""
-        values: dict[str, tuple[TokenAxis, ...]] = {}
-        for name in self._variables():
-            found = {
-                path: self._token_axis(name, path, lengths, order)
-                for path in self._runs[0].shapes[name]
-            }
-            axes = self._by_item(name, found)
-            if axes:
-                values[name] = axes
-        self._check_integers()
-        return values
-
-    def _by_item(
-        self, name: str, found: Mapping[str, TokenAxis | None]
-    ) -> tuple[TokenAxis, ...]:
-        """One axis for the whole value where its tensors agree, else one an item."""
-        distinct = set(found.values())
-        if distinct == {None}:
-            return ()
-        if len(distinct) == 1:
-            return tuple(axis for axis in distinct if axis is not None)
-        items: dict[int, TokenAxis] = {}
-        for path, axis in found.items():
-            item, _, rest = path.partition(".")
-            if rest or not item.isdigit():
-                raise Refusal(
-                    f"value {name} whose tensors hold tokens in different ways",
-                    expected="one token axis, or a tuple of tensors",
-                    where=self._where,
-                )
-            if axis is not None:
-                items[int(item)] = TokenAxis(axis.dim, axis.streams, int(item))
-        return tuple(items.values())
-
-    def _token_axis(
-        self,
-        name: str,
-        path: str,
-        lengths: Mapping[str, tuple[int, ...]],
-        order: tuple[str, ...],
-    ) -> TokenAxis | None:
-        shapes = [run.shapes[name].get(path, ()) for run in self._runs]
-        found: list[TokenAxis] = []
-        unknown = False
-        for dim in range(min(len(shape) for shape in shapes)):
-            extents = tuple(shape[dim] for shape in shapes)
-            if len(set(extents)) == 1:
-                if extents in lengths.values() and name not in lengths:
-                    self._refuse_ambiguous(name, extents[0])
-                if lengths.get(name) == extents:
-                    found.append(TokenAxis(dim, (name,)))
-                continue
-            streams = _sum_of(extents, lengths, order)
-            if streams is not None:
-                found.append(TokenAxis(dim, streams))
-            elif extents[0] != extents[1]:
-                unknown = True
-        if len(found) == 2 and len(set(shapes[0][-2:])) == 1 and not unknown:
-            rows, keys = found
-            if rows.streams == keys.streams and keys.dim == len(shapes[0]) - 1:
-                return TokenAxis(rows.dim, rows.streams, keys=keys.dim)
-        if unknown or len(found) > 1:
-            raise Refusal(
-                f"value {name} of shapes {sorted(set(shapes))} with "
-                f"{'an image-sized axis that is no token axis' if unknown else 'two token axes'}",
-                expected="at most one axis that counts the streams' tokens",
-                where=self._where,
-            )
-        return found[0] if found else None
-
-    def _refuse_ambiguous(self, name: str, extent: int) -> None:
-        raise Refusal(
-            f"value {name} with {extent} rows, as many as a stream of fixed length",
-            expected="a stream whose length changes with the prompt, to tell its tokens",
-            where=self._where,
-        )
-
     def _check_integers(self) -> None:
         for name, value in self._runs[0].integers.items():
             if any(run.integers.get(name) != value for run in self._runs):
@@ -392,20 +341,6 @@ class _LoopProbe:
                     )
                 names.append(qualified_name(type(processor)))
         return tuple(sorted(set(names)))
-
-
-def _sum_of(
-    extents: tuple[int, ...],
-    lengths: Mapping[str, tuple[int, ...]],
-    order: tuple[str, ...],
-) -> tuple[str, ...] | None:
-    """The streams whose lengths add up to `extents` in every run, in joint order."""
-    for count in range(1, len(order) + 1):
-        for names in combinations(order, count):
-            total = tuple(sum(parts) for parts in zip(*(lengths[n] for n in names), strict=True))
-            if total == extents:
-                return names
-    return None
 
 
 def _layers(model: nn.Module, block_lists: set[str]) -> tuple[str, ...]:

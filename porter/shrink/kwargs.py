@@ -12,7 +12,7 @@ from PIL import Image
 
 from . import table
 
-TOKEN_ROWS = ((8, 8), (6, 10), (7, 9))
+TOKEN_ROWS = ((8, 8), (6, 14), (7, 9))
 """Token rows and columns of the picture sizes: even, wide, odd."""
 
 PROMPTS = (

@@ -55,8 +55,8 @@ class BlockGuard(Rule[Forward]):
             at=loop.call,
         )
         if loop.choice is not None:
-            call = module.source(loop.choice.orelse)
-            yield self.replace(module, loop.choice, call, at=loop.call)
+            start, end = module.span(loop.choice)[0], module.span(loop.choice.orelse)[0]
+            yield self._edit(module, start, end, "", loop.call)
 
     def _without_twin(self, module: ParsedModule, loop: BlockLoop) -> Edit:
         """`if <checkpoint>: <twin loop> else:` becomes `with region:`, which changes nothing

@@ -120,6 +120,9 @@ def _reads(loop: BlockLoop, names: set[str]) -> Iterator[cst.Name]:
     if loop.checkpoint is not None:
         skipped.update(walk(loop.checkpoint.body))
         skipped.update(walk(loop.checkpoint.test))
+    if loop.choice is not None:
+        skipped.update(walk(loop.choice.body))
+        skipped.update(walk(loop.choice.test))
     for node in walk(loop.node.body):
         if isinstance(node, cst.Arg) and node.keyword is not None:
             skipped.add(node.keyword)
