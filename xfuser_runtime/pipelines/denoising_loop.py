@@ -42,11 +42,11 @@ class DenoisingLoop:
         self.has_callback = has_callback
         self._group = parallel_state.get_pp_group()
         self._num_stages = self._group.world_size
-        self.sync_only = self._num_stages == 1 or num_warmup_steps >= len(items)
+        patches = state.runtime_config.num_pipeline_patch
+        # A patch that is the whole image is never displaced.
+        self.sync_only = 1 in (self._num_stages, patches) or num_warmup_steps >= len(items)
         self._num_sync = len(items) if self.sync_only else num_warmup_steps
-        self._num_patches = (
-            1 if self.sync_only else state.runtime_config.num_pipeline_patch
-        )
+        self._num_patches = 1 if self.sync_only else patches
         self._channel = (
             P2PChannel(self._group, feedback=True) if self._num_stages > 1 else None
         )
