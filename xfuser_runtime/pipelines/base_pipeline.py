@@ -259,11 +259,8 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
             return
         group = parallel_state.get_replica_group()
         device = self._execution_device  # type: ignore[attr-defined]
-        self._interrupt = bool(
-            all_reduce_max(
-                torch.tensor(int(bool(self._interrupt)), device=device), group
-            )
-        )
+        wanted = torch.tensor(int(bool(attributes["_interrupt"])), device=device)
+        attributes["_interrupt"] = bool(all_reduce_max(wanted, group))
 
 
 def upstream_class_of_instance(value: object) -> type:
