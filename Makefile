@@ -56,7 +56,7 @@ test: install
 
 lint: install
 	@status=0; \
-	for command in "ruff check ." "black --check --quiet ." mypy "porter check"; do \
+	for command in "ruff check ." "black --check ." mypy "porter check"; do \
 	    echo "==> $$command"; $(BIN)/$$command || status=1; \
 	done; exit $$status
 
