@@ -13,6 +13,10 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from xfuser_runtime.distributed.parallel_state import get_pipeline_parallel_world_size
+from xfuser_runtime.distributed.runtime_state import get_runtime_state
+from xfuser_runtime.errors import StateError
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -69,12 +73,25 @@ class xFuserBaseWrapper(_AnswersForUpstream):
         unconditional call never share one), and the pass learns that it entered
         generated code.
 
+        Outside of a port's denoising loop (a stock pipeline that shares the model, say)
+        nothing holds the ranks together, so upstream's `forward` runs there too.
+
         Raises:
-            RuntimeError: when no runtime state has been initialised.
+            StateError: when no runtime state has been initialised, or a model that is
+                split into stages is called outside of a port's denoising loop.
         """
 
         @functools.wraps(forward)
         def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-            return self._forward_in_pass(forward, args, kwargs)
+            if get_runtime_state().step >= 0:
+                return self._forward_in_pass(forward, args, kwargs)
+            stages = get_pipeline_parallel_world_size()
+            if stages > 1:
+                raise StateError(
+                    f"a {upstream_class(type(self)).__name__} of {stages} pipeline stages "
+                    "called outside of the port's denoising loop, expected a call from "
+                    "there; call the wrapped pipeline"
+                )
+            return upstream_class(type(self)).forward(self, *args, **kwargs)  # type: ignore[attr-defined]
 
         return checked  # type: ignore[return-value]

@@ -109,9 +109,11 @@ class Workshop:
         wrapper, pipeline = self.wrapper(name), self.stock(name)
 
         def rank_main(rank: int) -> Any:
+            # Unproven modes are what is tested.
+            warnings.simplefilter("ignore", UnprovenWarning)
             if before is not None:
                 before(rank, pipeline)
-            made = wrapped(wrapper, pipeline, flags) if wrap else pipeline
+            made = wrapper(pipeline, engine(flags)) if wrap else pipeline
             return body(rank, made)
 
         return run_ranks(rank_main, world_size_of(flags), timeout=timeout)
@@ -125,15 +127,8 @@ def world_size_of(flags: Mapping[str, Any]) -> int:
 
 
 def engine(flags: Mapping[str, Any]) -> EngineConfig:
-    """The configuration of a session on a rank; unproven modes are what is tested."""
+    """The configuration of a session on a rank."""
     return xFuserArgs(**flags, allow_unproven=True).create_config()[0]
-
-
-def wrapped(wrapper: Any, pipeline: Any, flags: Mapping[str, Any]) -> Any:
-    """The pipeline, wrapped for a session with `flags`."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UnprovenWarning)
-        return wrapper(pipeline, engine(flags))
 
 
 def arguments(pipeline: Any, **changes: Any) -> dict[str, Any]:
