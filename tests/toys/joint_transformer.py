@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.attention import AttentionModuleMixin, FeedForward
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.cache_utils import CacheMixin
@@ -193,7 +194,9 @@ class ToyJointPosEmbed(nn.Module):
         return torch.cat(cos_out, dim=-1), torch.cat(sin_out, dim=-1)
 
 
-class ToyJointTransformer2DModel(ModelMixin, ConfigMixin, CacheMixin):
+class ToyJointTransformer2DModel(
+    ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin
+):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ToyJointTransformerBlock"]
 

@@ -29,6 +29,7 @@ from xfuser_runtime.distributed.launch import prepare_environment
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
 from xfuser_runtime.layers.attention import reset_kv_caches
 from xfuser_runtime.pipelines import cfg
+from xfuser_runtime.pipelines.components import wrapped_transformers
 from xfuser_runtime.pipelines.data_parallel import enable_data_parallel
 from xfuser_runtime.pipelines.denoising_loop import DenoisingLoop
 from xfuser_runtime.randomness import same_randomness
@@ -89,10 +90,11 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
 
     @classmethod
     def _wrap_module(cls, module: nn.Module) -> None:
-        inner = getattr(module, "_orig_mod", module)
-        wrapper = xFuserTransformerWrappersRegister.find(type(inner))
-        if wrapper is not None:
-            wrapper.wrap(inner)  # type: ignore[attr-defined]
+        # A compiled module or an adapter's model hold the transformer one level down.
+        for inner in list(module.modules()):
+            wrapper = xFuserTransformerWrappersRegister.find(type(inner))
+            if wrapper is not None:
+                wrapper.wrap(inner)  # type: ignore[attr-defined]
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Components assigned later are wrapped as well."""
@@ -221,9 +223,8 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
 
     def _wrapped_transformers(self) -> Iterator[xFuserTransformerBaseWrapper]:
         for component in self.components.values():  # type: ignore[attr-defined]
-            inner = getattr(component, "_orig_mod", component)
-            if isinstance(inner, xFuserTransformerBaseWrapper):
-                yield inner
+            if isinstance(component, nn.Module):
+                yield from wrapped_transformers(component)
 
     def _watched(self, passes: Iterator[Any]) -> Iterator[Any]:
         """`passes`, with an eye on what a callback changes of the pipeline."""

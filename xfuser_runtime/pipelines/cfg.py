@@ -18,6 +18,7 @@ import torch
 from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.collectives import all_gather
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
+from xfuser_runtime.pipelines.components import wrapped_transformer
 from xfuser_runtime.transformers.outputs import map_tensors
 
 
@@ -72,7 +73,9 @@ def batched_call(
         return transformer
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        bound = _signature(_forward_of(transformer)).bind(*args, **kwargs)
+        bound = _signature(type(wrapped_transformer(transformer)).forward).bind(
+            *args, **kwargs
+        )
         halves = _Halves(batch_size)
         for path, axis in axes.items():
             halves.take(bound.arguments, path.split("."), axis)
@@ -107,7 +110,7 @@ def branch_call(transformer: Any, branch: int, other_runs: bool) -> Callable[...
 
     def skipped(*args: Any, **kwargs: Any) -> Any:
         state.enter_transformer_call()
-        return transformer.output_template(args, kwargs).zeros()
+        return wrapped_transformer(transformer).output_template(args, kwargs).zeros()
 
     return skipped
 
@@ -170,12 +173,6 @@ def _gather_batch(half: Any) -> Any:
         return half
     size = half.shape[0]
     return all_gather(half, 0, (size, size), parallel_state.get_cfg_group())
-
-
-def _forward_of(transformer: Any) -> Callable[..., Any]:
-    # A compiled module hides the parameters of the module it runs.
-    inner: Any = type(getattr(transformer, "_orig_mod", transformer))
-    return inner.forward  # type: ignore[no-any-return]
 
 
 @functools.cache

@@ -44,7 +44,9 @@ class DenoisingLoop:
         self._num_stages = self._group.world_size
         patches = state.runtime_config.num_pipeline_patch
         # A patch that is the whole image is never displaced.
-        self.sync_only = 1 in (self._num_stages, patches) or num_warmup_steps >= len(items)
+        self.sync_only = 1 in (self._num_stages, patches) or num_warmup_steps >= len(
+            items
+        )
         self._num_sync = len(items) if self.sync_only else num_warmup_steps
         self._num_patches = 1 if self.sync_only else patches
         self._channel = (
