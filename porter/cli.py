@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
-from porter.errors import PorterError
-from porter.generate import Plan, drift, plan
-from porter.report import Report, diff_json, port_json
+from porter.errors import InternalError, PorterError
+from porter.generate import Plan, drift, plan, plan_all
+from porter.report import Report, diff_json, port_json, state
 
 app = typer.Typer(
     name="porter",
@@ -80,23 +80,24 @@ def add_model(
     from porter.source import pipeline_classes
 
     report = Report(as_json=as_json)
-    wanted = _split(names) + (pipeline_classes() if every else [])
-    if not wanted:
+    wanted = _split(names)
+    if not wanted and not every:
         raise PorterError("no pipeline", expected="NAME... or --all")
+    if wanted and every:
+        raise PorterError(f"--all beside {wanted[0]}", expected="one of them")
     if with_ is not None and len(wanted) != 1:
         raise PorterError("--with for several pipelines", expected="one NAME")
-    made = plan(
-        wanted,
-        output,
-        override=with_,
-        keep_going=every,
-        progress=lambda name: report.message(f"porting {name}"),
+    made = (
+        plan_all(pipeline_classes(), output, progress=report.message)
+        if every
+        else plan(wanted, output, override=with_, progress=report.message)
     )
     changed = made.would_change(output) if check or diff else made.write(output)
-    _tell(report, made, changed, diff=diff)
+    _tell(report, made, changed, diff=diff, table=every)
     for error in made.failed.values():
-        report.error(error)
-    return int(bool(made.failed) or (check and bool(changed)))
+        if traceback and isinstance(error, InternalError):
+            report.message(error.trace or str(error))
+    return made.exit_code or int(check and bool(changed))
 
 
 @command("diff")
@@ -168,23 +169,25 @@ def coverage(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="write the table as JSON")
     ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="write the table as Markdown")
+    ] = None,
+    output: Output = GENERATED,
+    task: Annotated[
+        str | None, typer.Option(help="one task alone, for example text-to-image")
+    ] = None,
     traceback: Traceback = False,
 ) -> int:
-    """Say of every pipeline in diffusers whether its `__call__` can be ported."""
+    """Say of every pipeline in diffusers which parallel modes are proven."""
     from porter.coverage import survey
+    from porter.coverage_report import json_text, markdown_text, plain_text
 
-    report = Report()
-    table = survey()
-    for row in table:
-        report.line(f"{row['name']}: {row['status']}")
-        for note in row["notes"]:
-            report.line(f"  {note}")
-    ported = sum(row["status"] == "ported" for row in table)
-    report.line(f"{ported} of {len(table)} pipelines")
-    if json_file is not None:
-        import json
-
-        json_file.write_text(json.dumps(table, indent=2, sort_keys=True) + "\n")
+    found = survey(output, task)
+    Report().line(plain_text(found))
+    for file, text in ((json_file, json_text), (markdown, markdown_text)):
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text(found), encoding="utf-8")
     return 0
 
 
@@ -245,19 +248,23 @@ def _split(names: list[str] | None) -> list[str]:
     return [part for name in names or [] for part in name.split(",") if part]
 
 
-def _tell(report: Report, made: Plan, changed: list[str], *, diff: bool) -> None:
+def _tell(
+    report: Report, made: Plan, changed: list[str], *, diff: bool, table: bool
+) -> None:
     if report.as_json:
         data: dict[str, Any] = {
             name: port_json(port, changed) for name, port in made.ports.items()
         }
         for name, error in made.failed.items():
-            data[name] = {"status": "refused", "reason": str(error)}
+            data[name] = {"status": state(error), "reason": str(error)}
         report.json(data)
         return
     for name, port in made.ports.items():
         if diff:
             report.diff(port, made.outputs)
-        else:
+        elif not table:
             report.port(port, changed)
             if not made.lock.ports[name].get("proofs"):
                 report.message(f"nothing is proven yet: porter verify {name}")
+    if table and not diff:
+        report.results({**made.ports, **made.failed})

@@ -47,3 +47,18 @@ class DriftError(PorterError):
     """Generated files, the lock and the installed source do not agree."""
 
     exit_code: ClassVar[int] = 1
+
+
+class InternalError(PorterError):
+    """A fault of porter's own, or of a process that it started, in the port of one class.
+
+    Args:
+        found: what happened, in one line.
+        trace: the traceback; may be empty.
+    """
+
+    def __init__(self, found: str, trace: str = "") -> None:
+        super().__init__(
+            found, todo="this is a fault of porter; --traceback shows where"
+        )
+        self.trace = trace

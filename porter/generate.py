@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from porter.errors import PorterError, Refusal
+from porter.errors import InternalError, PorterError, Refusal
 from porter.lock import LOCK_NAME, Lock, read_lock, stale_reason
-from porter.names import wrapper_name
+from porter.names import output_path, wrapper_name
 from porter.port import (
     Port,
     lock_entry,
@@ -19,7 +19,9 @@ from porter.port import (
     render_ports,
     upstream_symbols,
 )
+from porter.report import state
 from porter.source import sha256
+from porter.workers import port_all
 from porter.write import check_not_edited, write_all
 
 
@@ -44,11 +46,19 @@ class Plan:
     def write(self, folder: Path) -> list[str]:
         """Writes the files and the lock; the paths that changed.
 
+        A file of a port that is refused now goes, unless someone edited it.
+
         Raises:
             DriftError: a file was edited by hand; nothing is written.
         """
         check_not_edited(folder, self.outputs, self.known)
-        return write_all(folder, {**self.outputs, LOCK_NAME: self.lock.text()})
+        changed = write_all(folder, {**self.outputs, LOCK_NAME: self.lock.text()})
+        for path in sorted(self.known.keys() - self.lock.known_outputs().keys()):
+            file = folder / path
+            if file.is_file() and sha256(file.read_text("utf-8")) == self.known[path]:
+                file.unlink()
+                changed.append(path)
+        return changed
 
     def would_change(self, folder: Path) -> list[str]:
         """The paths that `write` would change."""
@@ -60,14 +70,19 @@ class Plan:
             or (folder / path).read_text(encoding="utf-8") != text
         ]
 
+    @property
+    def exit_code(self) -> int:
+        """0 when all were ported, 1 when some were refused, 2 after a fault of porter."""
+        faults = any(isinstance(e, InternalError) for e in self.failed.values())
+        return 2 if faults else int(bool(self.failed))
+
 
 def plan(
     names: Sequence[str],
     folder: Path,
     *,
     override: Path | None = None,
-    keep_going: bool = False,
-    progress: Callable[[str], None] = lambda name: None,
+    progress: Callable[[str], None] = lambda text: None,
 ) -> Plan:
     """Ports pipelines together with the ports in the lock that share files with them.
 
@@ -75,26 +90,91 @@ def plan(
         names: classes, in any order: the result does not depend on it.
         folder: the output folder.
         override: a file with a subclass of the one generated class.
-        keep_going: collect refusals instead of raising the first one.
-        progress: called with each name before its port starts.
+        progress: called with a line about what is being done.
 
     Raises:
         PorterError: a class cannot be ported, or the lock is no lock.
     """
-    lock = read_lock(folder)
+    ports: dict[str, Port] = {}
+    for name in sorted(set(names)):
+        progress(f"porting {name}")
+        port = make_port(name)
+        render_ports([port])
+        ports[port.name] = port
+    return _plan(ports, {}, folder, override)
+
+
+def plan_all(
+    names: Sequence[str],
+    folder: Path,
+    *,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Plan:
+    """Like `plan`, with several processes; a class that cannot be ported stops no other.
+
+    What is refused is kept in the lock with its reason, a fault of porter's own is not.
+
+    Args:
+        names: classes, in any order.
+        folder: the output folder.
+        progress: called with a line about each result.
+
+    Raises:
+        PorterError: the lock is no lock.
+    """
+    wanted = sorted(set(names))
     ports: dict[str, Port] = {}
     failed: dict[str, PorterError] = {}
-    for name in sorted(set(names)):
-        progress(name)
-        try:
-            port = make_port(name)
-            render_ports([port])
-        except PorterError as error:
-            if not keep_going:
-                raise
-            failed[name] = error
+    for number, outcome in enumerate(port_all(wanted), 1):
+        if isinstance(outcome.result, PorterError):
+            failed[outcome.name] = outcome.result
         else:
-            ports[port.name] = port
+            ports[outcome.result.name] = outcome.result
+        progress(
+            f"[{number}/{len(wanted)}] {outcome.name}:"
+            f" {state(outcome.result)} in {outcome.seconds:.1f} s"
+        )
+    return _plan(ports, _take_clashes(ports, failed), folder, None)
+
+
+def _take_clashes(
+    ports: dict[str, Port], failed: Mapping[str, PorterError]
+) -> dict[str, PorterError]:
+    """Takes out the ports that cannot stand in one folder with an earlier one."""
+    refused = dict(failed)
+    modules: dict[str, str] = {}
+    for name, port in sorted(ports.items()):
+        own = {output_path(u.kind, u.upstream.module): u.upstream for u in port.classes}
+        clash = [
+            p for p, u in own.items() if modules.get(p, u.module.name) != u.module.name
+        ]
+        if clash:
+            refused[name] = Refusal(
+                f"{modules[clash[0]]} and {own[clash[0]].module.name} both make {clash[0]}",
+                expected="file names that differ",
+                todo="port one of them into another folder with --output",
+            )
+            del ports[name]
+        else:
+            modules.update({path: u.module.name for path, u in own.items()})
+    return refused
+
+
+def _plan(
+    ports: dict[str, Port],
+    failed: Mapping[str, PorterError],
+    folder: Path,
+    override: Path | None,
+) -> Plan:
+    lock = read_lock(folder)
+    known = lock.known_outputs()
+    for name, error in sorted(failed.items()):
+        if isinstance(error, InternalError):
+            if name in _sharing(lock, ports):
+                # The others' file is written without it, so it is gone.
+                lock = lock.without_port(name)
+        else:
+            lock = lock.without_port(name).with_refusal(name, str(error))
     for name, entry in _sharing(lock, ports).items():
         # One file cannot come from two versions of the library.
         if stale_reason(entry):
@@ -109,7 +189,6 @@ def plan(
         for path, text in render_ports(together.values()).items()
         if path in touched
     }
-    known = lock.known_outputs()
     for name, port in sorted(together.items()):
         if name in ports:
             entry = lock_entry(port, outputs)

@@ -10,7 +10,11 @@ The file is JSON with sorted keys. For each port, under `ports.<name>`:
 - `facts`: what the probe measured, so that a check needs no run;
 - `refused_modes`: mode to the reason why the port lacks it;
 - `override`: the subclass passed with `--with`, or null;
+- `changed_lines`: for each rewritten class, how many lines differ from upstream's;
 - `proofs`: `key` (see `proof_key`) and `modes`, or null.
+
+Under `refused.<name>`, where a run over all pipelines refused some: `reason` and the
+`diffusers` that it was found in.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +37,10 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Lock:
-    """The ports by name; entries are plain JSON."""
+    """The ports by name, and what was refused; entries are plain JSON."""
 
     ports: Mapping[str, Mapping[str, Any]]
+    refused: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def with_port(self, name: str, entry: Mapping[str, Any]) -> Lock:
         """A lock with one more port, or with a newer entry of it.
@@ -45,7 +50,19 @@ class Lock:
         proofs = self.ports.get(name, {}).get("proofs")
         if proofs and proofs["key"] != proof_key({**entry}):
             proofs = None
-        return replace(self, ports={**self.ports, name: {**entry, "proofs": proofs}})
+        refused = {key: value for key, value in self.refused.items() if key != name}
+        ports = {**self.ports, name: {**entry, "proofs": proofs}}
+        return replace(self, ports=ports, refused=refused)
+
+    def without_port(self, name: str) -> Lock:
+        """A lock that lacks this port."""
+        ports = {key: value for key, value in self.ports.items() if key != name}
+        return replace(self, ports=ports)
+
+    def with_refusal(self, name: str, reason: str) -> Lock:
+        """A lock that also says why this class cannot be ported."""
+        entry = {"diffusers": library_version(), "reason": reason}
+        return replace(self, refused={**self.refused, name: entry})
 
     def with_proofs(self, name: str, modes: Mapping[str, Any]) -> Lock:
         """A lock that also holds these proven modes, each with what was measured."""
@@ -65,7 +82,9 @@ class Lock:
 
     def text(self) -> str:
         """The file's text; equal locks have equal texts."""
-        data = {"version": _VERSION, "ports": self.ports}
+        data: dict[str, Any] = {"version": _VERSION, "ports": self.ports}
+        if self.refused:
+            data["refused"] = self.refused
         return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
 
 
@@ -81,7 +100,7 @@ def read_lock(folder: Path) -> Lock:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["version"] == _VERSION:
-            return Lock(data["ports"])
+            return Lock(data["ports"], data.get("refused", {}))
     except (ValueError, KeyError, TypeError):
         pass
     raise PorterError(

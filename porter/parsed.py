@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import libcst as cst
 from libcst.metadata import (
@@ -44,23 +44,40 @@ class ParsedModule:
         self.name = name
         self.file = file
         self.text = text
+        self._only = only
+        # Here, so that a syntax error shows at once.
+        _ = self._wrapper
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The text alone travels between processes: its tree is made again on demand."""
+        return {key: self.__dict__[key] for key in ("name", "file", "text", "_only")}
+
+    @cached_property
+    def _wrapper(self) -> MetadataWrapper:
+        text = self.text if self._only is None else _blanked(self.text, self._only)
         try:
-            tree = cst.parse_module(text if only is None else _blanked(text, only))
+            tree = cst.parse_module(text)
         except cst.ParserSyntaxError as error:
             raise PorterError(
                 f"a syntax error ({error.message})",
                 expected="Python source",
-                where=f"{file}:{error.raw_line}",
+                where=f"{self.file}:{error.raw_line}",
             ) from error
         # The parser makes every node once, so the wrapper needs no copy of the tree.
-        wrapper = MetadataWrapper(tree, unsafe_skip_copy=True)
-        self.tree = wrapper.module
-        self._ranges: Mapping[cst.CSTNode, CodeRange] = wrapper.resolve(
-            PositionProvider
-        )
-        self._parents: Mapping[cst.CSTNode, cst.CSTNode] = wrapper.resolve(
-            ParentNodeProvider
-        )
+        return MetadataWrapper(tree, unsafe_skip_copy=True)
+
+    @cached_property
+    def tree(self) -> cst.Module:
+        """The whole file."""
+        return self._wrapper.module
+
+    @cached_property
+    def _ranges(self) -> Mapping[cst.CSTNode, CodeRange]:
+        return self._wrapper.resolve(PositionProvider)
+
+    @cached_property
+    def _parents(self) -> Mapping[cst.CSTNode, cst.CSTNode]:
+        return self._wrapper.resolve(ParentNodeProvider)
 
     @cached_property
     def _line_starts(self) -> list[int]:

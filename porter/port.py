@@ -15,6 +15,7 @@ from porter.analysis.facts import PipelineFacts, facts_from_json, to_json
 from porter.analysis.forward import Forward
 from porter.analysis.pipeline_source import analyse_pipeline
 from porter.analysis.processor import Processor
+from porter.diff import changed_lines
 from porter.errors import PorterError
 from porter.names import output_path, wrapper_name
 from porter.render import Rewritten, render
@@ -96,6 +97,7 @@ def lock_entry(port: Port, outputs: Mapping[str, str]) -> dict[str, Any]:
         "porter": __version__,
         "upstream": upstream_symbols(port),
         "rules": {u.upstream.reference: dict(u.rewrite.counts) for u in port.classes},
+        "changed_lines": {u.upstream.reference: changed_lines(u) for u in port.classes},
         "outputs": {p: source.sha256(outputs[p]) for p in sorted(port.paths())},
         "facts": to_json(port.facts),
         "refused_modes": dict(pipeline_unit.refused_modes),

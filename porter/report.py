@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from porter.diff import Hunk, changed_lines, file_header, hunks
-from porter.errors import PorterError
+from porter.errors import InternalError, PorterError
 from porter.names import output_path
 from porter.port import Port
 
@@ -59,6 +60,16 @@ class Report:
         for mode, reason in sorted(port.classes[0].refused_modes.items()):
             self.line(f"  without {mode}: {reason}")
 
+    def results(self, results: Mapping[str, Port | PorterError]) -> None:
+        """A table of a run over many classes: one line each, then the counts."""
+        width = max(map(len, results), default=0)
+        counts: Counter[str] = Counter()
+        for name, result in sorted(results.items()):
+            counts[state(result)] += 1
+            self.line(f"{name:<{width}}  {state(result):<14}  {_summary(result)}")
+        found = [f"{count} {word}" for word, count in sorted(counts.items())]
+        self.line(", ".join(found) or "no pipelines")
+
     def diff(self, port: Port, outputs: Mapping[str, str]) -> None:
         """The unified diff of every class against upstream."""
         for unit in port.classes:
@@ -72,6 +83,22 @@ class Report:
         self.line(hunk.title(), _STYLES["@"])
         for text in hunk.lines:
             self.line(text, _STYLES.get(text[:1], ""))
+
+
+def state(result: Port | PorterError) -> str:
+    """One word or two for what became of a class."""
+    if isinstance(result, InternalError):
+        return "internal error"
+    return "refused" if isinstance(result, PorterError) else "ported"
+
+
+def _summary(result: Port | PorterError) -> str:
+    if isinstance(result, PorterError):
+        return str(result)
+    lines = ", ".join(f"{u.kind} {changed_lines(u)}" for u in result.classes)
+    refused = sorted(result.classes[0].refused_modes.items())
+    without = "".join(f"; without {mode} ({reason})" for mode, reason in refused)
+    return f"lines changed: {lines}{without}"
 
 
 def port_json(port: Port, changed: Sequence[str]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import ast
 import difflib
 import hashlib
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -105,19 +105,40 @@ def load(name: str) -> Upstream:
 
 
 def pipeline_classes() -> list[str]:
-    """Every class of diffusers' pipelines that owns `__call__` and takes a transformer."""
-    found = []
+    """Every class of `pipeline_nodes`, in alphabetical order."""
+    return sorted(pipeline_nodes())
+
+
+@cache
+def pipeline_nodes() -> Mapping[str, tuple[str, ast.ClassDef]]:
+    """The library's pipelines with a denoising transformer: name to module and class.
+
+    Such a class owns `__call__` and takes a transformer. One that decodes with a
+    `VQModel` predicts codes of a vocabulary: it denoises nothing, and is left out.
+    """
+    found: dict[str, tuple[str, ast.ClassDef]] = {}
     for path in sorted((package_root(LIBRARY) / "pipelines").rglob("pipeline_*.py")):
         if b"transformer" not in path.read_bytes():
             continue
         for node in _top_level(path):
-            if isinstance(node, ast.ClassDef) and denoiser_parameters(node):
-                methods = {
-                    part.name for part in node.body if isinstance(part, ast.FunctionDef)
-                }
-                if "__call__" in methods:
-                    found.append(node.name)
-    return sorted(found)
+            if not isinstance(node, ast.ClassDef) or not denoiser_parameters(node):
+                continue
+            methods = methods_of(node)
+            if "__call__" in methods and "VQModel" not in _annotations(
+                methods["__init__"]
+            ):
+                found[node.name] = (_module_name(path), node)
+    return found
+
+
+def methods_of(node: ast.ClassDef) -> dict[str, ast.FunctionDef]:
+    """The methods that a class itself defines, by name."""
+    return {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
+
+
+def _annotations(function: ast.FunctionDef) -> set[str]:
+    arguments = (*function.args.args, *function.args.kwonlyargs)
+    return {ast.unparse(a.annotation) for a in arguments if a.annotation is not None}
 
 
 def _public_pipelines() -> list[str]:
