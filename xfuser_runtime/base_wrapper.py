@@ -13,7 +13,10 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from xfuser_runtime.distributed.parallel_state import get_pipeline_parallel_world_size
+from xfuser_runtime.distributed.parallel_state import (
+    get_pipeline_parallel_world_size,
+    get_sequence_parallel_world_size,
+)
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
 from xfuser_runtime.errors import StateError
 
@@ -83,9 +86,11 @@ class xFuserBaseWrapper(_AnswersForUpstream):
 
         @functools.wraps(forward)
         def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if get_runtime_state().step >= 0:
-                return self._forward_in_pass(forward, args, kwargs)
             stages = get_pipeline_parallel_world_size()
+            split = stages > 1 or get_sequence_parallel_world_size() > 1
+            # Not the step: torch.compile would compile the call again for each one.
+            if not split or get_runtime_state().latents_shape is not None:
+                return self._forward_in_pass(forward, args, kwargs)
             if stages > 1:
                 raise StateError(
                     f"a {upstream_class(type(self)).__name__} of {stages} pipeline stages "
