@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING
 import torch
 
 from xfuser_runtime.attention import keys as masks
-from xfuser_runtime.attention import ulysses
+from xfuser_runtime.attention import symmetric, ulysses
 from xfuser_runtime.attention.backends import run_kernel
 from xfuser_runtime.attention.kernels import KernelCall
 from xfuser_runtime.attention.keys import KeyBlock, SplitMask
 from xfuser_runtime.attention.ring import ring_attention
 from xfuser_runtime.distributed.parallel_state import get_ring_group, get_ulysses_group
+from xfuser_runtime.distributed.runtime_state import (
+    get_runtime_state,
+    runtime_state_is_initialized,
+)
 
 if TYPE_CHECKING:
     from xfuser_runtime.attention.api import AttentionPlan
@@ -49,6 +53,16 @@ def hybrid_attention(
     group = get_ulysses_group()
     shards = _shards_of_block(get_ring_group().rank_in_group)
     query_lengths = _of(shards, plan.layout.lengths(plan.query_segments, plan.patch))
+    if row_mask is None and _can_write_to_peers(query, block, plan):
+        return symmetric.attention(
+            query,
+            block.key,
+            block.value,
+            query_lengths=query_lengths,
+            key_lengths=_of(shards, plan.layout.lengths(plan.key_segments, plan.patch)),
+            is_causal=is_causal,
+            scale=scale,
+        )
     if group.world_size > 1:
         heads = ulysses.split_heads(
             query.shape[2], block.key.shape[2], group.world_size
@@ -76,6 +90,24 @@ def hybrid_attention(
             out, heads=heads, query_lengths=query_lengths, group=group
         )
     return out
+
+
+def _can_write_to_peers(
+    query: torch.Tensor, block: KeyBlock, plan: AttentionPlan
+) -> bool:
+    """Whether this is plain Ulysses between GPUs that share their memory."""
+    state = get_runtime_state() if runtime_state_is_initialized() else None
+    return (
+        state is not None
+        and state.has_symmetric_memory
+        and plan.cache is None
+        and plan.backend is None
+        and block.mask is None
+        and get_ring_group().world_size == 1
+        and query.shape[2] == block.key.shape[2]
+        and query.shape[2] % get_ulysses_group().world_size == 0
+        and query.shape[3] == block.value.shape[3]
+    )
 
 
 @torch.compiler.disable

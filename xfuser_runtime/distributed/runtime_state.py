@@ -74,6 +74,8 @@ class RuntimeState:
         latent_slice: this pass's region of the latents, None for a whole pass.
         cfg_batch_is_split: the doubled batch holds this rank's guidance branch only.
         cfg_branches_are_split: this rank makes only one of two sequential guidance calls.
+        has_symmetric_memory: the ranks of the Ulysses group can write to each other's memory.
+        workspaces: such memory, by use, size and type.
     """
 
     def __init__(self, engine_config: EngineConfig) -> None:
@@ -81,6 +83,8 @@ class RuntimeState:
         self.input_config = InputConfig()
         self.region: BlockRegion | None = None
         self.latent_slice: LatentSlice | None = None
+        self.has_symmetric_memory = False
+        self.workspaces: dict[Any, Any] = {}
         self.end_passes()
 
     @property

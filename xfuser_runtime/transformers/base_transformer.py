@@ -28,7 +28,7 @@ from xfuser_runtime.distributed.runtime_state import RuntimeState, get_runtime_s
 from xfuser_runtime.layers import wrap_attention, wrap_layer
 from xfuser_runtime.layers.base import rebind_forward
 from xfuser_runtime.transformers.graphs import CallReplayer
-from xfuser_runtime.transformers.kernels import compile_blocks, preferred_kernels
+from xfuser_runtime.transformers.kernels import prepare_kernels
 from xfuser_runtime.transformers.outputs import (
     Template,
     first_tensor,
@@ -90,7 +90,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         module._wrap_submodules()
         if plan.num_stages > 1:
             module._keep_own_blocks(plan)
-        compile_blocks(module, cls.block_loops)
+        prepare_kernels(module, cls.block_loops)
         return module
 
     def _wrap_submodules(self) -> None:
@@ -129,8 +129,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             wrapping.latent_shape = tuple(first_tensor((args, kwargs)).shape)
             if not parallel_state.is_pipeline_last_stage():
                 wrapping.template = self._template(forward, args, kwargs)
-        with preferred_kernels():
-            return wrapping.replayer.call(forward, self, args, kwargs)
+        return wrapping.replayer.call(forward, self, args, kwargs)
 
     def output_template(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Template:
         """Shapes and types of what a call with these arguments returns: no block runs."""
