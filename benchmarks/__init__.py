@@ -1,0 +1,1 @@
+"""One command that measures this runtime and its peers side by side: `benchmarks.compare`."""

@@ -1,0 +1,247 @@
+"""Measure one-GPU diffusers, its context parallelism, xDiT and this runtime in one run.
+
+    python -m benchmarks.compare --models flux,sd3,pixart --sizes 1024,2048 --gpus 2
+
+Every layout runs in processes of its own with a time limit; rounds go through all layouts in
+turn. The latents of each are compared with those of one GPU. Writes results.json,
+results.md and results.png into the output folder. Without a GPU the models are tiny.
+
+Exit code: 0 when all of our own layouts ran and agree, 1 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from benchmarks import report
+from benchmarks.layouts import OURS, STOCK, Layout, layouts_for, without_peer_access
+from benchmarks.models import MODELS
+from benchmarks.processes import ProcessServer
+from benchmarks.results import Row, add_error, add_round, is_fine
+from benchmarks.worker import Job
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    args = build_parser().parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
+    # Before torch is imported: the check for a GPU must not start CUDA here.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+    import torch
+
+    on_gpu = torch.cuda.is_available() and not args.cpu
+    num_ranks = args.gpus
+    if on_gpu and num_ranks > torch.cuda.device_count():
+        print(
+            f"error: --gpus {num_ranks} on {torch.cuda.device_count()} devices, expected no "
+            "more than there are; ask for fewer",
+            file=sys.stderr,
+        )
+        return 2
+    make_ports(args.models, args.generated)
+    rows = [
+        Row(model, size, layout)
+        for model in args.models
+        for size in args.sizes
+        for layout in chosen_layouts(args, model, num_ranks, on_gpu)
+    ]
+    server = ProcessServer(args.output, args.timeout)
+    for number in range(args.rounds):
+        for row in rows:
+            _measure(row, server, args, on_gpu)
+            print(f"round {number + 1}: {report.line(row)}", flush=True)
+            _write(rows, args)
+    _write(rows, args)
+    print((args.output / "results.md").read_text(encoding="utf-8"))
+    ours = [row for row in rows if row.layout.engine == OURS]
+    return 0 if all(is_fine(row, args.gate) for row in ours) else 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description="Measure this runtime and its peers side by side.",
+    )
+    add = parser.add_argument
+    add("--models", type=_names, default=list(MODELS), help="comma-separated")
+    add("--sizes", type=_numbers, default=[1024], help="pixels of each side")
+    add(
+        "--gpus", type=int, default=2, help="ranks of the parallel layouts (default: 2)"
+    )
+    add("--steps", type=int, default=12, help="denoising steps of a timed call")
+    add(
+        "--short_steps", type=int, default=2, help="steps of the call it is compared to"
+    )
+    add("--repeats", type=int, default=3, help="timed calls in a round")
+    add("--rounds", type=int, default=1, help="turns through all layouts")
+    add("--timeout", type=float, default=300, help="seconds for one layout")
+    add("--only", default="", help="layouts whose name holds one of these, by comma")
+    add("--no_p2p", action="store_true", help="all again with NCCL_P2P_DISABLE=1")
+    add(
+        "--cpu",
+        action="store_true",
+        help="tiny models on CPU even where there is a GPU",
+    )
+    add(
+        "--gate", type=float, default=0.01, help="relative L2 that exact modes may have"
+    )
+    add("--generated", default="generated", metavar="DIR", help="folder of the ports")
+    add("--output", type=Path, default=Path("benchmark-results"), metavar="DIR")
+    return parser
+
+
+def chosen_layouts(
+    args: argparse.Namespace, model: str, num_ranks: int, on_gpu: bool
+) -> list[Layout]:
+    """The layouts of a model that the flags ask for; stock on one GPU always."""
+    from benchmarks import engines
+
+    found = layouts_for(
+        MODELS[model],
+        num_ranks,
+        # Its device mesh needs GPUs.
+        has_context_parallel=on_gpu and engines.has_context_parallel(MODELS[model]),
+        has_xfuser=on_gpu and engines.has_xfuser(),
+        on_gpu=on_gpu,
+    )
+    if args.no_p2p:
+        found += without_peer_access(found)
+    words = [word for word in args.only.split(",") if word]
+    return [
+        layout
+        for index, layout in enumerate(found)
+        if index == 0 or not words or any(word in layout.name for word in words)
+    ]
+
+
+def make_ports(models: Sequence[str], generated: str) -> None:
+    """Make the ports that are missing, where porter is installed."""
+    lock = Path(generated) / "porter.lock"
+    held = (
+        json.loads(lock.read_text(encoding="utf-8"))["ports"] if lock.is_file() else {}
+    )
+    missing = [
+        MODELS[m].pipeline
+        for m in models
+        if MODELS[m].pipeline not in held
+        or not all(
+            (Path(generated) / p).is_file() for p in held[MODELS[m].pipeline]["outputs"]
+        )
+    ]
+    if missing:
+        command = [sys.executable, "-m", "porter", "add-model", *missing]
+        subprocess.run([*command, "--output", generated], check=True)
+
+
+def _measure(
+    row: Row, server: ProcessServer, args: argparse.Namespace, on_gpu: bool
+) -> None:
+    folder: Path = args.output
+    stem = f"{row.model}-{row.size}-{row.layout.name.replace(' ', '-')}"
+    # Compiled code rounds otherwise: each is held to one GPU with the same kernels.
+    kernels = "compiled" if row.layout.compiled else "eager"
+    reference = folder / f"{row.model}-{row.size}.{kernels}.pt"
+    latents = folder / f"{stem}.pt"
+    latents.unlink(missing_ok=True)
+    outcome = server.run(
+        Job(
+            model=row.model,
+            layout=row.layout,
+            size=row.size,
+            steps=args.steps,
+            short_steps=args.short_steps,
+            repeats=args.repeats,
+            tiny=not on_gpu,
+            device="cuda" if on_gpu else "cpu",
+            generated=str(args.generated),
+            result=folder / f"{stem}.json",
+            latents=latents,
+        )
+    )
+    if outcome.result is None:
+        add_error(row, outcome.error or "failed")
+        return
+    if row.layout.engine == STOCK:
+        latents.replace(reference)
+        latents = reference
+    add_round(row, outcome, args.steps - args.short_steps, args.steps)
+    row.difference = relative_difference(latents, reference)
+
+
+def relative_difference(found: Path, reference: Path) -> float | None:
+    """||found - reference|| / ||reference||; None where one is missing."""
+    import torch
+
+    if not (found.is_file() and reference.is_file()):
+        return None
+    a, b = torch.load(found), torch.load(reference)
+    return float((a - b).norm() / b.norm())
+
+
+def _write(rows: list[Row], args: argparse.Namespace) -> None:
+    about = machine()
+    about["command"] = (
+        f"python -m benchmarks.compare --models {','.join(args.models)} --sizes "
+        f"{','.join(map(str, args.sizes))} --gpus {args.gpus} --steps {args.steps} "
+        f"--repeats {args.repeats} --rounds {args.rounds}"
+        + (f" --only {args.only}" if args.only else "")
+        + (" --no_p2p" if args.no_p2p else "")
+    )
+    data = {"about": about, "rows": [asdict(row) for row in rows]}
+    path = args.output / "results.json"
+    path.write_text(json.dumps(data, indent=1), encoding="utf-8")
+    text = report.markdown(rows, about)
+    (args.output / "results.md").write_text(text, encoding="utf-8")
+    report.plot(rows, args.output / "results.png")
+
+
+def machine() -> dict[str, str]:
+    """Date, device and versions."""
+    import torch
+
+    device = "CPU"
+    if torch.cuda.is_available():
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True, check=False)
+        names = found.stdout.split("\n")[:-1]
+        device = f"{len(names)} x {names[0]}" if names else "CUDA"
+    versions = {"torch": torch.__version__}
+    for package in ("diffusers", "xfuser"):
+        if importlib.util.find_spec(package) is not None:
+            versions[package] = importlib.metadata.version(package)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device,
+        **versions,
+    }
+
+
+def _names(text: str) -> list[str]:
+    found = [name for name in text.split(",") if name]
+    for name in found:
+        if name not in MODELS:
+            raise argparse.ArgumentTypeError(
+                f"{name!r}, expected one of {', '.join(MODELS)}"
+            )
+    return found
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",") if number]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Tables and the plot of a run."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from benchmarks.layouts import STOCK
+from benchmarks.results import Row, best_peer, best_single
+
+_HEADER = (
+    "| layout | ms a step | of one GPU | of the best peer | whole call, ms a step "
+    "| first call, s | peak GiB | difference |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+)
+
+
+def line(row: Row) -> str:
+    """One row for the terminal."""
+    where = f"{row.model} {row.size} {row.layout.name}"
+    if row.median_ms is None:
+        return f"{where}: {row.error}"
+    difference = "-" if row.difference is None else f"{row.difference:.1e}"
+    notes = f" ({'; '.join(row.notes)})" if row.notes else ""
+    return f"{where}: {row.median_ms:.1f} ms a step, difference {difference}{notes}"
+
+
+def markdown(rows: list[Row], about: Mapping[str, str]) -> str:
+    """All tables, one for each model and size."""
+    parts = [
+        "# Benchmark",
+        ", ".join(
+            f"{name} {value}" for name, value in about.items() if name != "command"
+        ),
+        f"`{about['command']}`" if "command" in about else "",
+        "Milliseconds a step: median of the differences between long and short calls. "
+        "`of one GPU`: best stock diffusers on one GPU (eager or compiled) over this row. "
+        "`difference`: relative L2 of the final latents to stock diffusers on one GPU, compiled "
+        "rows to compiled.",
+    ]
+    for model, size in dict.fromkeys((row.model, row.size) for row in rows):
+        own = [row for row in rows if (row.model, row.size) == (model, size)]
+        parts += [f"## {model}, {size} px", table(own)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table(rows: list[Row]) -> str:
+    """The table of one model at one size; rows slower than one GPU say so."""
+    single, peer = best_single(rows), best_peer(rows)
+    lines = [_HEADER]
+    for row in rows:
+        if row.median_ms is None:
+            lines.append(
+                f"| {row.layout.name} | {row.error or 'not run'} | | | | | | |"
+            )
+            continue
+        slower = (
+            single is not None
+            and row.median_ms > 1.02 * single
+            and row.layout.engine != STOCK
+        )
+        call = sorted(row.call_ms)[len(row.call_ms) // 2]
+        cells = [
+            row.layout.name + (" **(slower than one GPU)**" if slower else ""),
+            f"{row.median_ms:.1f}",
+            _ratio(single, row.median_ms),
+            _ratio(peer, row.median_ms),
+            f"{call:.1f}",
+            "" if row.first_call_s is None else f"{row.first_call_s:.1f}",
+            f"{row.peak_gib:.1f}" if row.peak_gib else "",
+            "" if row.difference is None else f"{row.difference:.1e}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    notes = dict.fromkeys(
+        f"{row.layout.name}: {note}" for row in rows for note in row.notes
+    )
+    return "\n".join([*lines, *(f"\n{note}" for note in notes)])
+
+
+def plot(rows: Iterable[Row], path: Path) -> None:
+    """Bars of the milliseconds a step; nothing without matplotlib."""
+    measured = [row for row in rows if row.median_ms is not None]
+    if not measured or importlib.util.find_spec("matplotlib") is None:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    keys = list(dict.fromkeys((row.model, row.size) for row in measured))
+    figure, axes = pyplot.subplots(
+        1, len(keys), figsize=(6 * len(keys), 6), squeeze=False
+    )
+    for axis, key in zip(axes[0], keys, strict=True):
+        own = [row for row in measured if (row.model, row.size) == key][::-1]
+        axis.barh([r.layout.name for r in own], [r.median_ms or 0 for r in own])
+        axis.set_title(f"{key[0]}, {key[1]} px: ms a step")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+
+
+def _ratio(reference: float | None, value: float) -> str:
+    return "" if reference is None else f"{reference / value:.2f}x"

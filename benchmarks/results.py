@@ -1,0 +1,103 @@
+"""What was measured of each layout, and the figures that follow from it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.layouts import OURS, STOCK, Layout
+from benchmarks.processes import Outcome
+
+
+@dataclass
+class Row:
+    """A layout of a model at a size.
+
+    Attributes:
+        step_ms: a step's milliseconds, one figure for each pair of timed calls.
+        call_ms: milliseconds of whole calls by their number of steps.
+        first_call_s: the first call, compilation and capture included.
+        peak_gib: most memory allocated on the last rank.
+        difference: relative L2 to the latents of one GPU.
+        notes: what the runtime has to say about captures.
+        error: why there is no figure.
+    """
+
+    model: str
+    size: int
+    layout: Layout
+    step_ms: list[float] = field(default_factory=list)
+    call_ms: list[float] = field(default_factory=list)
+    first_call_s: float | None = None
+    peak_gib: float | None = None
+    difference: float | None = None
+    notes: list[str] = field(default_factory=list)
+    details: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
+
+    @property
+    def median_ms(self) -> float | None:
+        """Median milliseconds of a step after the first ones of a call."""
+        return statistics.median(self.step_ms) if self.step_ms else None
+
+    @property
+    def is_exact(self) -> bool:
+        """False for PipeFusion, which uses keys of the step before by design."""
+        return "pipefusion" not in self.layout.mode
+
+
+def add_round(row: Row, outcome: Outcome, extra_steps: int, steps: int) -> None:
+    """Take over one process's measurement.
+
+    Args:
+        extra_steps: steps that a long call has more than a short one.
+        steps: of a long call.
+    """
+    assert outcome.result is not None
+    result = outcome.result
+    row.error = None
+    for short, long in zip(
+        result["short_calls_s"], result["long_calls_s"], strict=True
+    ):
+        row.step_ms.append((long - short) / extra_steps * 1e3)
+        row.call_ms.append(long / steps * 1e3)
+    row.first_call_s = result["first_call_s"]
+    row.peak_gib = result["peak_bytes"] / 2**30
+    row.notes = list(result.get("not_captured", []))
+    row.details.append({**result, "process_s": outcome.seconds})
+
+
+def add_error(row: Row, error: str) -> None:
+    """A round without figures; those of earlier rounds stay."""
+    row.error = error
+
+
+def is_fine(row: Row, gate: float) -> bool:
+    """The layout ran, and agrees with one GPU where it must."""
+    if row.error is not None or row.difference is None:
+        return False
+    return not row.is_exact or row.difference <= gate
+
+
+def best_single(rows: Iterable[Row]) -> float | None:
+    """The best of stock diffusers on one GPU, eager or compiled."""
+    return _best(
+        r for r in rows if r.layout.engine == STOCK and r.layout.num_ranks == 1
+    )
+
+
+def best_peer(rows: Iterable[Row], *, compiled: bool | None = None) -> float | None:
+    """The best layout of several GPUs that is not ours; of eager ones with `compiled=False`."""
+    return _best(
+        r
+        for r in rows
+        if r.layout.engine not in (OURS, STOCK)
+        and (compiled is None or r.layout.compiled == compiled)
+    )
+
+
+def _best(rows: Iterable[Row]) -> float | None:
+    found = [row.median_ms for row in rows if row.median_ms is not None]
+    return min(found) if found else None
