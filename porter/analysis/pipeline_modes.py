@@ -20,7 +20,7 @@ def cfg_style(module: ParsedModule, loop: DenoisingLoop) -> tuple[str, str]:
     where = module.where(calls[-1].call)
     if any(call.inner_loop for call in calls):
         return "none", f"{where}: the transformer is called once a guider's entry"
-    if len(calls) == 1 or _exclusive(module, calls):
+    if len(doubled_calls(module, loop)) == 1 or _exclusive(module, calls):
         return "batched", ""
     if len(calls) > 2:
         return "none", f"{where}: {len(calls)} transformer calls a step"
@@ -43,6 +43,28 @@ def cfg_style(module: ParsedModule, loop: DenoisingLoop) -> tuple[str, str]:
     if any(names_in(test) & rewritten for test in tests):
         return "none", f"{where}: its guard is known only after the first call"
     return "sequential", ""
+
+
+def doubled_calls(
+    module: ParsedModule, loop: DenoisingLoop
+) -> Sequence[TransformerCall]:
+    """The calls that see the guided batch, if there is one.
+
+    Where both halves of the first call's output are taken apart (`.chunk(2)`), a further
+    call under a guard of its own sees one branch alone, as in skip-layer guidance: every
+    rank makes it.
+    """
+    first, *others = loop.calls
+    if len(others) != 1 or len(others[0].guards) <= len(first.guards):
+        return loop.calls
+    between = _statements_between(module, loop, first, others[0])
+    halves = any(
+        dotted(node.func) == f"{first.target}.chunk"
+        and [module.source(argument) for argument in node.args] == ["2"]
+        for part in between
+        for node in find(part, cst.Call)
+    )
+    return loop.calls[:1] if halves else loop.calls
 
 
 def _exclusive(module: ParsedModule, calls: Sequence[TransformerCall]) -> bool:

@@ -1,7 +1,7 @@
 """A transformer call on the guided batch runs one branch on each CFG rank.
 
 Match:    the transformer call of the denoising loop (alternatives in separate branches of
-          an `if` count as one).
+          an `if` count as one; a further call on one branch alone is left as it is).
 Landmark: inside the denoising loop.
 Emit:     `cfg_transformer = self._cfg_batched_call(self.transformer, {argument: axis})`
           above the call, and the call of that name; the axes are what the probe measured.
@@ -11,6 +11,7 @@ Manual:   1.1 step 2, made at the call: it also holds where the batch is doubled
 
 from __future__ import annotations
 
+from porter.analysis.pipeline_modes import doubled_calls
 from porter.parsed import ParsedModule
 from porter.rules.base import Edit, Rule
 from porter.rules.context import PipelineContext
@@ -33,7 +34,7 @@ class CfgBatchedCall(Rule[PipelineContext]):
         )
         loop = facts.source.denoising
         found = []
-        for call in loop.calls:
+        for call in doubled_calls(module, loop):
             name = module.source(call.call.func)
             split = f"{_NAME} = self._cfg_batched_call({name}, {{{axes}}})"
             found += [
