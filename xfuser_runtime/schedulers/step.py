@@ -10,6 +10,7 @@ import torch
 
 from xfuser_runtime.distributed.parallel_state import is_pipeline_last_stage
 from xfuser_runtime.distributed.runtime_state import RuntimeState
+from xfuser_runtime.errors import InputError
 from xfuser_runtime.randomness import find_generators
 from xfuser_runtime.schedulers.copies import CHECKED_STEPS, PatchCopies
 from xfuser_runtime.schedulers.draws import UnrepeatableDraw
@@ -69,11 +70,25 @@ class StepCall:
         return with_outputs(result, [self._sample().to(new.dtype), *others])
 
     def _run_upstream(self) -> Any:
+        self._check_shapes()
         self._copies.busy = True
         try:
             return self._upstream(*self._bound.args, **self._bound.kwargs)
         finally:
             self._copies.busy = False
+
+    def _check_shapes(self) -> None:
+        """Where the latents are no whole number of the model's patches, say so in one line."""
+        output = self._bound.arguments.get("model_output")
+        sample = self._bound.arguments.get("sample")
+        if not isinstance(output, torch.Tensor) or not isinstance(sample, torch.Tensor):
+            return
+        found, expected = output.shape[2:], sample.shape[2:]
+        if sample.ndim > 3 and 1 not in (*found, *expected) and found != expected:
+            raise InputError(
+                f"a model output of {_by(found)} for latents of {_by(expected)}, expected "
+                "the same size; choose a height and a width that the patches divide"
+            )
 
     def _run_patch(self, patch: int) -> Any:
         copies, region = self._copies, self._region()
@@ -186,6 +201,10 @@ class StepCall:
                 f"step of patch {patch} was called with other arguments than that of "
                 "patch 0, expected the same kinds and numbers",
             )
+
+
+def _by(extents: torch.Size) -> str:
+    return " x ".join(str(extent) for extent in extents)
 
 
 def _kind(value: Any) -> Any:
