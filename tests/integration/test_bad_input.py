@@ -137,7 +137,11 @@ STAGES = ["--pipefusion_parallel_degree", "2"]
             "4 patches",
         ),
         ("good", ["--ulysses_degree", "2", "--height", "130"], "have to be divisible"),
-        ("good", ["--ulysses_degree", "2", "--height", "136"], "expected the same size"),
+        (
+            "good",
+            ["--ulysses_degree", "2", "--height", "136"],
+            "expected the same size",
+        ),
     ],
 )
 def test_the_command_says_it_in_one_line(

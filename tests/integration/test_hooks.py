@@ -198,6 +198,34 @@ def test_loaded_adapters(workshop: Workshop, mode: str, before: bool) -> None:
     assert distance(expected, plain) > CAUGHT
 
 
+def test_stages_take_their_own_blocks_weights(
+    workshop: Workshop, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Weights of all blocks are no news to any stage; a stage may have none."""
+    stock = workshop.stock(JOINT)
+    whole = lora_weights(stock)
+    first = {key: value for key, value in whole.items() if "_blocks.0." in key}
+
+    def load(pipe: Any, weights: dict[str, torch.Tensor]) -> torch.Tensor | None:
+        pipe.transformer.load_lora_adapter(dict(weights), adapter_name="fox")
+        pipe.transformer.set_adapters("fox", 0.8)
+        output = call(pipe)
+        pipe.transformer.delete_adapters("fox")
+        return output
+
+    expected = [load(stock, weights) for weights in (whole, first)]
+    capfd.readouterr()
+
+    def body(rank: int, pipe: Any) -> list[Any]:
+        return [load(pipe, weights) for weights in (whole, first)]
+
+    found = workshop.run(JOINT, STAGES, body)[-1]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert distance(mine, theirs) < GATE
+    assert distance(expected[0], expected[1]) > CAUGHT
+    assert "unexpected keys" not in capfd.readouterr().err
+
+
 def test_adapters_switched_off_and_removed(workshop: Workshop) -> None:
     stock = workshop.stock(JOINT)
     expected, weights = call(stock), lora_weights(stock)

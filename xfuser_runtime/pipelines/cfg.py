@@ -73,9 +73,8 @@ def batched_call(
         return transformer
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        bound = _signature(type(wrapped_transformer(transformer)).forward).bind(
-            *args, **kwargs
-        )
+        forward: Any = type(wrapped_transformer(transformer)).forward  # type: ignore[attr-defined]
+        bound = _signature(forward).bind(*args, **kwargs)
         halves = _Halves(batch_size)
         for path, axis in axes.items():
             halves.take(bound.arguments, path.split("."), axis)

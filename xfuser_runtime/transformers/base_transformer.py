@@ -27,6 +27,7 @@ from xfuser_runtime.distributed.layout import Segment, TokenLayout
 from xfuser_runtime.distributed.runtime_state import RuntimeState, get_runtime_state
 from xfuser_runtime.layers import wrap_attention, wrap_layer
 from xfuser_runtime.layers.base import rebind_forward
+from xfuser_runtime.transformers.adapters import takes_own_weights
 from xfuser_runtime.transformers.graphs import CallReplayer
 from xfuser_runtime.transformers.kernels import prepare_kernels
 from xfuser_runtime.transformers.outputs import (
@@ -61,6 +62,13 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
     block_loops: ClassVar[tuple[str, ...]] = ()
 
     _state_name: ClassVar[str] = "_xfuser_wrapping"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Where upstream loads adapters, a stage loads its own blocks' part."""
+        super().__init_subclass__(**kwargs)
+        load = getattr(upstream_class(cls), "load_lora_adapter", None)
+        if load is not None:
+            cls.load_lora_adapter = takes_own_weights(load)  # type: ignore[attr-defined]
 
     @classmethod
     def wrap(cls, module: nn.Module) -> nn.Module:
