@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 from xfuser_runtime.args import xFuserArgs
-from xfuser_runtime.base_wrapper import upstream_class
 from xfuser_runtime.config import EngineConfig, InputConfig, world_size_of_environment
 from xfuser_runtime.errors import (
     ConfigError,
@@ -167,6 +166,7 @@ def _run(args: argparse.Namespace) -> int:
     # Not before the flags are checked: these imports take seconds.
     from xfuser_runtime import session
     from xfuser_runtime.attention import check_backend_name
+    from xfuser_runtime.base_wrapper import upstream_class
     from xfuser_runtime.loader import load_pipeline_class, load_upstream_class
 
     check_backend_name(engine_config.runtime_config.attention_backend)

@@ -141,7 +141,8 @@ def _read_loop(
 
 def _iterated(node: cst.For) -> tuple[str | None, str | None]:
     """The block list's name and the block variable of `for ... in ...`."""
-    source, target = node.iter, node.target
+    source: cst.BaseExpression = node.iter
+    target: cst.BaseExpression = node.target
     if (
         isinstance(source, cst.Call)
         and isinstance(source.func, cst.Name)
@@ -186,9 +187,7 @@ def _choice_around(module: ParsedModule, call: cst.Call) -> cst.IfExp | None:
     return None
 
 
-def _targets(
-    statement: Statement, value: cst.BaseExpression
-) -> tuple[str, ...] | None:
+def _targets(statement: Statement, value: cst.BaseExpression) -> tuple[str, ...] | None:
     """Names that `statement` assigns `value` to; None for any other form."""
     if not isinstance(statement, cst.SimpleStatementLine) or len(statement.body) != 1:
         return None
@@ -222,7 +221,9 @@ def _arguments(
 def _reads(node: cst.For, dead: set[cst.CSTNode]) -> tuple[str, ...]:
     """Names that the body reads, in the order of the text."""
     keywords = {
-        argument.keyword for argument in walk(node.body) if isinstance(argument, cst.Arg)
+        argument.keyword
+        for argument in walk(node.body)
+        if isinstance(argument, cst.Arg)
     }
     attributes = {
         child.attr for child in walk(node.body) if isinstance(child, cst.Attribute)

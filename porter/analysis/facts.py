@@ -115,7 +115,10 @@ def _transformer(data: Mapping[str, Any]) -> TransformerFacts:
                 values={
                     name: tuple(
                         TokenAxis(
-                            axis["dim"], tuple(axis["streams"]), axis["item"], axis["keys"]
+                            axis["dim"],
+                            tuple(axis["streams"]),
+                            axis["item"],
+                            axis["keys"],
                         )
                         for axis in axes
                     )

@@ -57,15 +57,13 @@ class Forward:
         return [
             statement
             for statement in self.method.body.body
-            if isinstance(statement, cst.SimpleStatementLine | cst.BaseCompoundStatement)
+            if isinstance(
+                statement, cst.SimpleStatementLine | cst.BaseCompoundStatement
+            )
         ]
 
     def _holder(self, index: int) -> Statement:
         """The top-level statement that holds region `index`."""
         node: cst.CSTNode = self.regions[index][0].node
-        if node in self._top_level:
-            return self._top_level[self._top_level.index(node)]
-        for above in self.module.ancestors(node):
-            if above in self._top_level:
-                return self._top_level[self._top_level.index(above)]
-        raise AssertionError("a loop outside its own method")
+        around = {node, *self.module.ancestors(node)}
+        return next(statement for statement in self._top_level if statement in around)

@@ -73,7 +73,9 @@ class AxisSolver:
     def _axis(self, name: str, path: str) -> TokenAxis | None:
         present = [i for i, run in enumerate(self._runs) if path in run.get(name, {})]
         shapes = [self._runs[i][name][path] for i in present]
-        lengths = {s: tuple(all_[i] for i in present) for s, all_ in self._lengths.items()}
+        lengths = {
+            s: tuple(all_[i] for i in present) for s, all_ in self._lengths.items()
+        }
         found: list[TokenAxis] = []
         for dim in range(min(len(shape) for shape in shapes)):
             extents = tuple(shape[dim] for shape in shapes)
@@ -98,7 +100,10 @@ class AxisSolver:
         return found[0] if found else None
 
     def _streams_of(
-        self, name: str, extents: tuple[int, ...], lengths: Mapping[str, tuple[int, ...]]
+        self,
+        name: str,
+        extents: tuple[int, ...],
+        lengths: Mapping[str, tuple[int, ...]],
     ) -> tuple[str, ...] | None:
         """The streams whose lengths add up to `extents` in every run, in joint order."""
         if len(set(extents)) == 1:

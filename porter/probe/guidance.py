@@ -16,9 +16,7 @@ BATCHES = (1, 2, 3)
 KwargsOf = Callable[..., Mapping[str, Any]]
 
 
-def measure_guidance(
-    pipeline: Any, kwargs_of: KwargsOf
-) -> tuple[str, dict[str, int]]:
+def measure_guidance(pipeline: Any, kwargs_of: KwargsOf) -> tuple[str, dict[str, int]]:
     """The style of guidance and, for a batched call, the doubled axes.
 
     Args:

@@ -133,7 +133,8 @@ class KeyOrigins:
 def _touched(gradient: torch.Tensor, dim: int) -> list[int]:
     """Rows along `dim` with any gradient."""
     others = [d for d in range(gradient.ndim) if d != dim]
-    return gradient.abs().sum(dim=others).nonzero().flatten().tolist()
+    rows: list[int] = gradient.abs().sum(dim=others).nonzero().flatten().tolist()
+    return rows
 
 
 def runs_of(origins: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...] | None:

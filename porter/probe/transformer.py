@@ -17,11 +17,10 @@ from porter.errors import Refusal
 from porter.parsed import ParsedModule
 from porter.probe.axes import AxisSolver
 from porter.probe.capture import TransformerCall
-from porter.probe.latents import latent_places
 from porter.probe.instrument import instrumented_forward
+from porter.probe.latents import latent_places
 from porter.probe.leaves import leaf_shapes
 from porter.probe.provenance import KeyOrigins, runs_of
-
 
 Variant = tuple[int, int]
 
@@ -164,7 +163,9 @@ class _LoopProbe:
             for name in self._variables()
             if (axis := self._varying(name, "")) is not None
         }
-        image = [n for n in self._loop.carried if n in axes and self._with_image(n, axes)]
+        image = [
+            n for n in self._loop.carried if n in axes and self._with_image(n, axes)
+        ]
         if not image:
             return None
         axes |= self._fixed_streams(axes, axes[image[0]])

@@ -194,9 +194,7 @@ class ToyJointPosEmbed(nn.Module):
         return torch.cat(cos_out, dim=-1), torch.cat(sin_out, dim=-1)
 
 
-class ToyJointTransformer2DModel(
-    ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin
-):
+class ToyJointTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     _supports_gradient_checkpointing = True
     _no_split_modules = ["ToyJointTransformerBlock"]
 

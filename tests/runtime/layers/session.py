@@ -47,7 +47,9 @@ def enter(
         get_sp_group().world_size,
     )
     state.call_index = call
-    state.region = SimpleNamespace(layout=layout, patch=patch, call_index=call)
+    state.region = SimpleNamespace(
+        layout=layout, patch=patch, call_index=call, expand=tuple
+    )
     return layout
 
 
