@@ -59,7 +59,9 @@ class WrapperRegister:
         """
         found = cls.find(original)
         if found is None:
-            raise ValueError(f"{cls.kind} {original.__name__} is not supported by xFuser")
+            raise ValueError(
+                f"{cls.kind} {original.__name__} is not supported by xFuser"
+            )
         return found
 
 

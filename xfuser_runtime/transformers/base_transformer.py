@@ -139,7 +139,9 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
                 wrapping.template = self._template(forward, args, kwargs)
         return wrapping.replayer.call(forward, self, args, kwargs)
 
-    def output_template(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Template:
+    def output_template(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Template:
         """Shapes and types of what a call with these arguments returns: no block runs."""
         return self._template(type(self).forward.__wrapped__, args, kwargs)
 
@@ -327,4 +329,3 @@ class _Wrapping:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Wrapping:
         return _Wrapping(self.plan)
-

@@ -241,9 +241,7 @@ class BlockRegion:
         return value.new_zeros(shape)
 
 
-def _join(
-    pieces: Iterable[torch.Tensor], like: torch.Tensor, dim: int
-) -> torch.Tensor:
+def _join(pieces: Iterable[torch.Tensor], like: torch.Tensor, dim: int) -> torch.Tensor:
     held = [piece for piece in pieces if piece.shape[dim]]
     if not held:
         return like.narrow(dim, 0, 0)
