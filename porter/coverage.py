@@ -1,44 +1,201 @@
-"""What the rules for `__call__` make of every pipeline in the installed diffusers."""
+"""What is proven of the installed diffusers: every pipeline by every parallel mode.
+
+Rows come from the installed source, their states from the lock of one output folder:
+nothing is ported and no model is run.
+"""
 
 from __future__ import annotations
 
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from porter import source
-from porter.analysis.facts import PipelineFacts
-from porter.analysis.pipeline_source import analyse_pipeline
 from porter.errors import PorterError
-from porter.port import rewrite
-from porter.render import Rewritten, render
-from porter.rules.context import PipelineContext
-from porter.rules.pipeline import RULES
+from porter.lock import Lock, proof_key, read_lock, stale_reason
+from porter.rules import attention, pipeline, transformer
+from porter.source import library_version
+from porter.tasks import pipeline_tasks
+
+#: Columns: what each needs to be proven, in the names of proofs.
+MODES: Mapping[str, tuple[str, ...]] = {
+    "dp": ("dp",),
+    "cfg": ("cfg",),
+    "ulysses": ("ulysses",),
+    "ring": ("ring",),
+    "hybrid": ("ulysses", "ring", "ring x ulysses"),
+    "stages": ("pp",),
+    "PipeFusion": ("pipefusion",),
+}
+PROVEN, UNVERIFIED, REFUSED = STATES = ("proven", "not verified", "refused")
 
 
-def survey() -> list[dict[str, Any]]:
-    """One row a pipeline: name, status, notes."""
-    return [_row(name) for name in source.pipeline_classes()]
+@dataclass(frozen=True)
+class Cell:
+    """One mode of one pipeline.
+
+    Attributes:
+        state: one of `STATES`.
+        reason: why it is not proven, with file:line where a construct prevents it.
+    """
+
+    state: str
+    reason: str = ""
 
 
-def rewrite_unmeasured(name: str) -> Rewritten:
-    """A pipeline's `__call__` by what its source shows, with no model run.
+@dataclass(frozen=True)
+class Row:
+    """One pipeline.
 
-    The axes that guidance doubles are left out, so this text is for a survey only.
+    Attributes:
+        name: its class.
+        task: for example `text-to-image`.
+        is_ported: the lock has a port of it.
+        cells: by mode, in the order of `MODES`.
+    """
+
+    name: str
+    task: str
+    is_ported: bool
+    cells: Mapping[str, Cell]
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """A survey.
+
+    Attributes:
+        library: version of the installed diffusers.
+        task: the task that it is limited to, or "".
+        rows: in alphabetical order.
+        rules: kind of class to rule id to the classes of these ports that it changes.
+        changed_lines: kind of class to class to the lines that differ from upstream's.
+    """
+
+    library: str
+    task: str
+    rows: tuple[Row, ...]
+    rules: Mapping[str, Mapping[str, tuple[str, ...]]]
+    changed_lines: Mapping[str, Mapping[str, int]]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Mode to state to number of pipelines."""
+        return {
+            mode: {s: sum(r.cells[mode].state == s for r in self.rows) for s in STATES}
+            for mode in MODES
+        }
+
+    def medians(self) -> dict[str, float]:
+        """Kind of class to the median of its changed lines; kinds without a class lack."""
+        return {
+            kind: statistics.median(lines.values())
+            for kind, lines in self.changed_lines.items()
+            if lines
+        }
+
+
+def survey(folder: Path, task: str | None = None) -> Coverage:
+    """What the lock of `folder` says about the installed diffusers.
+
+    The scope is computed: every class of `pipeline_nodes`, or those whose `task_of` is
+    `task`. Text to image, for example, is a `__call__` that takes a prompt (or class
+    labels), needs no picture, film or sound, and returns images; `porter.tasks` says how
+    each of these is read off.
 
     Raises:
-        PorterError: the rules refuse it.
+        PorterError: the lock is no lock, or no pipeline has this task.
     """
-    upstream = source.load(name)
-    denoisers = source.denoiser_parameters(source.class_node(upstream))
-    shape = analyse_pipeline(upstream.module, upstream.class_name, denoisers)
-    context = PipelineContext(shape, PipelineFacts(shape.cfg_style, {}, {}))
-    return rewrite("pipeline", upstream, RULES, context, shape.call)
+    lock = read_lock(folder)
+    tasks = pipeline_tasks()
+    names = [name for name in sorted(tasks) if task in (None, tasks[name])]
+    if not names:
+        raise PorterError(
+            f"no pipeline for {task}", expected=", ".join(sorted({*tasks.values()}))
+        )
+    rows = [Row(n, tasks[n], n in lock.ports, _cells(lock, n)) for n in names]
+    entries = [lock.ports[name] for name in names if name in lock.ports]
+    return Coverage(
+        library_version(), task or "", tuple(rows), _rules(entries), _lines(entries)
+    )
 
 
-def _row(name: str) -> dict[str, Any]:
-    try:
-        unit = rewrite_unmeasured(name)
-        render([unit])
-    except PorterError as error:
-        return {"name": name, "status": "refused", "notes": [str(error)]}
-    notes = [f"without {m}: {why}" for m, why in sorted(unit.refused_modes.items())]
-    return {"name": name, "status": "ported", "notes": notes}
+def _cells(lock: Lock, name: str) -> dict[str, Cell]:
+    refusal = lock.refused.get(name)
+    if refusal and refusal["diffusers"] == library_version():
+        return dict.fromkeys(MODES, Cell(REFUSED, refusal["reason"]))
+    if name not in lock.ports:
+        todo = f"not ported; run porter add-model {name}"
+        return dict.fromkeys(MODES, Cell(UNVERIFIED, todo))
+    entry = lock.ports[name]
+    proofs = entry.get("proofs") or {"modes": {}}
+    stale = stale_reason(entry)
+    if proofs["modes"] and not stale:
+        key = proof_key(entry)
+        changed = [part for part in key if proofs["key"].get(part) != key[part]]
+        stale = f"{' and '.join(changed)} changed since" if changed else ""
+    return {m: _cell(entry, proofs["modes"], stale, m) for m in MODES}
+
+
+def _cell(
+    entry: Mapping[str, Any], proven: Iterable[str], stale: str, mode: str
+) -> Cell:
+    refused: Mapping[str, str] = entry["refused_modes"]
+    if reasons := [refused[kind] for kind in MODES[mode] if kind in refused]:
+        return Cell(REFUSED, reasons[0])
+    missing = [kind for kind in MODES[mode] if kind not in proven]
+    if stale or missing:
+        return Cell(UNVERIFIED, stale or f"no proof of {missing[0]}")
+    return Cell(PROVEN)
+
+
+def _classes(
+    entries: Iterable[Mapping[str, Any]],
+) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """Kind, reference and entry of every rewritten class, shared ones more than once."""
+    for entry in entries:
+        processors = {
+            name
+            for facts in entry["facts"]["transformers"].values()
+            for name in facts["processors"]
+        }
+        for reference in entry["rules"]:
+            if reference == entry["class"]:
+                yield "pipeline", reference, entry
+            elif reference.replace(":", ".") in processors:
+                yield "attention", reference, entry
+            else:
+                yield "transformer", reference, entry
+
+
+def _rules(
+    entries: Iterable[Mapping[str, Any]],
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    users: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for kind, reference, entry in _classes(entries):
+        for rule in entry["rules"][reference]:
+            users[kind, rule].add(reference.partition(":")[2])
+    packages = {
+        "pipeline": pipeline,
+        "transformer": transformer,
+        "attention": attention,
+    }
+    return {
+        kind: {
+            rule.id: tuple(sorted(users[kind, rule.id]))
+            for rule in (each() for each in package.RULES)
+        }
+        for kind, package in packages.items()
+    }
+
+
+def _lines(entries: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    found: dict[str, dict[str, int]] = {
+        "pipeline": {},
+        "transformer": {},
+        "attention": {},
+    }
+    for kind, reference, entry in _classes(entries):
+        found[kind][reference.partition(":")[2]] = entry["changed_lines"][reference]
+    return found

@@ -13,10 +13,14 @@ from collections import Counter
 import pytest
 
 from porter import source
-from porter.coverage import rewrite_unmeasured
+from porter.analysis.facts import PipelineFacts
+from porter.analysis.pipeline_source import analyse_pipeline
 from porter.diff import changed_lines, hunks
 from porter.errors import PorterError
+from porter.port import rewrite
 from porter.render import Rewritten, render
+from porter.rules.context import PipelineContext
+from porter.rules.pipeline import RULES
 
 NAMES = source.pipeline_classes()
 # The suite takes a sample; PORTER_SWEEP=1 takes all of them.
@@ -27,6 +31,15 @@ STRIDE = int(os.environ.get("PORTER_SWEEP", "6"))
 def results() -> dict[str, Rewritten | PorterError]:
     """What becomes of each pipeline of the sample."""
     return {name: port(name) for name in NAMES[::STRIDE]}
+
+
+def rewrite_unmeasured(name: str) -> Rewritten:
+    """A pipeline's `__call__` by what its source shows, with no model run."""
+    upstream = source.load(name)
+    denoisers = source.denoiser_parameters(source.class_node(upstream))
+    shape = analyse_pipeline(upstream.module, upstream.class_name, denoisers)
+    context = PipelineContext(shape, PipelineFacts(shape.cfg_style, {}, {}))
+    return rewrite("pipeline", upstream, RULES, context, shape.call)
 
 
 def port(name: str) -> Rewritten | PorterError:
