@@ -42,7 +42,7 @@ class _AnswersForUpstream:
     It holds nothing else: a class body that assigns `__class__` cannot use `super()`.
     """
 
-    __class__ = property(lambda self: upstream_class(type(self)))  # type: ignore[assignment]
+    __class__ = property(lambda self: upstream_class(type(self)))
 
 
 class EqualsUpstream(type):

@@ -70,15 +70,20 @@ class StepCall:
         return with_outputs(result, [self._sample().to(new.dtype), *others])
 
     def _run_upstream(self) -> Any:
-        self._check_shapes()
         self._copies.busy = True
         try:
             return self._upstream(*self._bound.args, **self._bound.kwargs)
+        except RuntimeError:
+            self._explain_shapes()
+            raise
         finally:
             self._copies.busy = False
 
-    def _check_shapes(self) -> None:
-        """Where the latents are no whole number of the model's patches, say so in one line."""
+    def _explain_shapes(self) -> None:
+        """Say in one line that the latents are no whole number of the model's patches.
+
+        Only once upstream's step failed: for some, the two differ by right.
+        """
         output = self._bound.arguments.get("model_output")
         sample = self._bound.arguments.get("sample")
         if not isinstance(output, torch.Tensor) or not isinstance(sample, torch.Tensor):
