@@ -6,8 +6,7 @@ import importlib.util
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from benchmarks.layouts import STOCK
-from benchmarks.results import Row, best_peer, best_single
+from benchmarks.results import Row, best_peer, best_single, is_slower
 
 _HEADER = (
     "| layout | ms a step | of one GPU | of the best peer | whole call, ms a step "
@@ -55,14 +54,10 @@ def table(rows: list[Row]) -> str:
                 f"| {row.layout.name} | {row.error or 'not run'} | | | | | | |"
             )
             continue
-        slower = (
-            single is not None
-            and row.median_ms > 1.02 * single
-            and row.layout.engine != STOCK
-        )
         call = sorted(row.call_ms)[len(row.call_ms) // 2]
         cells = [
-            row.layout.name + (" **(slower than one GPU)**" if slower else ""),
+            row.layout.name
+            + (" **(slower than one GPU)**" if is_slower(row, rows) else ""),
             f"{row.median_ms:.1f}",
             _ratio(single, row.median_ms),
             _ratio(peer, row.median_ms),

@@ -19,7 +19,7 @@ class Row:
         step_ms: a step's milliseconds, one figure for each pair of timed calls.
         call_ms: milliseconds of whole calls by their number of steps.
         first_call_s: the first call, compilation and capture included.
-        peak_gib: most memory allocated on the last rank.
+        peak_gib: most memory allocated on any rank.
         difference: relative L2 to the latents of one GPU.
         notes: what the runtime has to say about captures.
         error: why there is no figure.
@@ -81,10 +81,25 @@ def is_fine(row: Row, gate: float) -> bool:
     return not row.is_exact or row.difference <= gate
 
 
-def best_single(rows: Iterable[Row]) -> float | None:
-    """The best of stock diffusers on one GPU, eager or compiled."""
+def best_single(rows: Iterable[Row], *, compiled: bool | None = None) -> float | None:
+    """The best of stock diffusers on one GPU, eager or compiled unless one is named."""
     return _best(
-        r for r in rows if r.layout.engine == STOCK and r.layout.num_ranks == 1
+        r
+        for r in rows
+        if r.layout.engine == STOCK
+        and (compiled is None or r.layout.compiled == compiled)
+    )
+
+
+def is_slower(row: Row, rows: Iterable[Row], tolerance: float = 1.02) -> bool:
+    """Slower than one GPU: than the best of diffusers where several GPUs are used, than
+    diffusers with the same kernels where one is."""
+    compiled = None if row.layout.num_ranks > 1 else row.layout.compiled
+    single = best_single(rows, compiled=compiled)
+    return (
+        single is not None
+        and row.median_ms is not None
+        and row.median_ms > tolerance * single
     )
 
 

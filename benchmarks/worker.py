@@ -120,7 +120,7 @@ def _measure(job: Job, rank: int) -> dict[str, Any]:
         long.append(seconds)
     if latents is not None:
         torch.save(latents.float().cpu(), job.latents)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    peak = _peak_of_all_ranks(device)
     return {
         "first_call_s": first,
         "second_call_s": second,
@@ -129,6 +129,16 @@ def _measure(job: Job, rank: int) -> dict[str, Any]:
         "peak_bytes": peak,
         **_replays(transformer),
     }
+
+
+def _peak_of_all_ranks(device: torch.device) -> int:
+    """Most bytes that any rank had allocated during the calls; 0 on CPU."""
+    if device.type != "cuda":
+        return 0
+    peak = torch.tensor(torch.cuda.max_memory_allocated(device), device=device)
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
+    return int(peak)
 
 
 class _Clock:
