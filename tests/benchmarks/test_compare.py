@@ -1,0 +1,115 @@
+"""The command on tiny models, and the figures that its tables show."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import report
+from benchmarks.compare import main, relative_difference
+from benchmarks.layouts import CONTEXT_PARALLEL, OURS, STOCK, Layout, layouts_for
+from benchmarks.models import MODELS, build_pipeline, draw_weights
+from benchmarks.results import Row, best_peer, best_single, is_fine, is_slower
+
+
+def row(engine: str, mode: str, ms: float, *, compiled: bool = False) -> Row:
+    ranks = 1 if mode == "one" else 2
+    layout = Layout(engine, mode, ranks, compiled=compiled)
+    return Row("flux", 1024, layout, step_ms=[ms], call_ms=[ms], difference=0.0)
+
+
+def test_a_run_on_cpu(tmp_path: Path) -> None:
+    """Every layout in processes of its own, equal to one process; files are written."""
+    arguments = ["--models", "pixart", "--sizes", "256", "--gpus", "2", "--cpu"]
+    arguments += [
+        "--steps",
+        "3",
+        "--repeats",
+        "1",
+        "--gate",
+        "1e-4",
+        "--timeout",
+        "100",
+    ]
+    folders = [
+        "--generated",
+        str(tmp_path / "ports"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main([*arguments, *folders]) == 0
+    data = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    modes = {(r["layout"]["engine"], r["layout"]["mode"]) for r in data["rows"]}
+    names = ("one", "cfg2", "ulysses2", "ring2", "pipefusion2")
+    assert modes == {(STOCK, "one"), *((OURS, name) for name in names)}
+    assert all(r["error"] is None and r["step_ms"] for r in data["rows"])
+    text = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    assert "| diffusers one |" in text and "| porter ulysses2 " in text
+
+
+def test_the_best_of_each_side() -> None:
+    rows = [
+        row(STOCK, "one", 180),
+        row(STOCK, "one", 140, compiled=True),
+        row(CONTEXT_PARALLEL, "ulysses2", 170),
+        row(CONTEXT_PARALLEL, "ulysses2", 100, compiled=True),
+        row(OURS, "ulysses2", 80, compiled=True),
+        row(OURS, "one", 178),
+        row(OURS, "ring2", 150),
+    ]
+    assert best_single(rows) == 140
+    assert best_peer(rows) == 100 and best_peer(rows, compiled=False) == 170
+    assert [is_slower(r, rows) for r in rows[4:]] == [False, False, True]
+    table = report.table(rows)
+    assert "| porter ulysses2 compiled | 80.0 | 1.75x | 1.25x |" in table
+    assert "| porter ring2 **(slower than one GPU)** | 150.0 |" in table
+
+
+def test_what_counts_as_fine() -> None:
+    fine = row(OURS, "ulysses2", 1)
+    assert is_fine(fine, 0.01)
+    fine.difference = 0.02
+    assert not is_fine(fine, 0.01)
+    stale = row(OURS, "pipefusion2", 1)
+    stale.difference = 0.02
+    assert is_fine(stale, 0.01)
+    stale.error = "died"
+    assert not is_fine(stale, 0.01)
+
+
+def test_difference_is_relative(tmp_path: Path) -> None:
+    a, b = tmp_path / "a.pt", tmp_path / "b.pt"
+    torch.save(torch.full((4,), 1.1), a)
+    assert relative_difference(a, b) is None
+    torch.save(torch.ones(4), b)
+    assert relative_difference(a, b) == pytest.approx(0.1, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_every_layout_uses_all_ranks(name: str) -> None:
+    found = layouts_for(
+        MODELS[name], 4, has_context_parallel=True, has_xfuser=True, on_gpu=True
+    )
+    assert len({layout.name for layout in found}) == len(found)
+    for layout in found:
+        degrees = dict(layout.degrees)
+        product = 2 if degrees.pop("use_cfg_parallel", False) else 1
+        for degree in degrees.values():
+            product *= degree
+        assert product == layout.num_ranks in (1, 4)
+
+
+def test_weights_follow_names() -> None:
+    """Ranks that hold part of a model hold the same weights as one that holds all."""
+    pipeline = build_pipeline(MODELS["sd3"], torch.device("cpu"), tiny=True)
+    transformer = pipeline.transformer
+    name, parameter = list(transformer.named_parameters())[-1]
+    held = parameter.clone()
+    for block in transformer.transformer_blocks[:2]:
+        block.requires_grad_(False)
+    del transformer.transformer_blocks
+    draw_weights(transformer)
+    assert torch.equal(dict(transformer.named_parameters())[name], held)
