@@ -150,7 +150,7 @@ def _transformers(upstream: Upstream, facts: PipelineFacts) -> Iterator[Rewritte
     annotations = source.denoiser_parameters(source.class_node(upstream))
     done: set[str] = set()
     for name, measured in sorted(facts.transformers.items()):
-        annotation = annotations[name].split("|")[0].strip()
+        annotation = annotations.get(name, "").split("|")[0].strip()
         found = source.symbol(upstream.module.name, annotation)
         if found is None:
             raise PorterError(

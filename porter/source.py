@@ -228,7 +228,9 @@ def _origin(
             target = node.module or ""
         if target.split(".")[0] != module_name.split(".")[0]:
             return None
-        if _is_lazy_package(target) and alias.name[:1].isupper():
+        # A constant is no class, and the file of the package itself says where it is.
+        is_class = alias.name[:1].isupper() and not alias.name.isupper()
+        if is_class and _is_lazy_package(target):
             return _module_name(_find_class(alias.name)), alias.name
         return target, alias.name
     return None

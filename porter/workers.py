@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
 from porter.errors import InternalError, PorterError
-from porter.port import Port, make_port, render_ports
+from porter.port import Port, lock_entry, make_port, render_ports
 
 PROCESSES = 2
 #: Seconds for one port; a model that never returns must not hold up the rest.
@@ -138,7 +138,8 @@ def _serve(connection: Connection, other: Connection) -> None:
 def _answer(name: str) -> bytes:
     try:
         port = make_port(name)
-        render_ports([port])
+        # All that the one process that writes will do, so that it cannot fail there.
+        lock_entry(port, render_ports([port]))
         return pickle.dumps(port)
     except PorterError as error:
         return pickle.dumps(error)

@@ -12,6 +12,7 @@ from porter.errors import Refusal
 from porter.parsed import ParsedModule
 from porter.probe.capture import TransformerCall, first_step_calls
 from porter.probe.guidance import measure_guidance
+from porter.probe.stock import upstream_runs
 from porter.probe.transformer import probe_transformer
 from porter.shrink import call_kwargs, image_sizes, make_checkpoint
 
@@ -30,17 +31,12 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
     Raises:
         Refusal: no tiny copy can be made, or a value or attention is not covered.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, upstream_runs(pipeline_class):
         make_checkpoint(pipeline_class, folder)
         pipeline = pipeline_class.from_pretrained(folder)  # type: ignore[attr-defined]
     pipeline.set_progress_bar_config(disable=True)
-    first = image_sizes(pipeline)[0]
-    kwargs_of = functools.partial(
-        call_kwargs, pipeline, height=first[0], width=first[1], num_inference_steps=2
-    )
-    style, axes = measure_guidance(pipeline, kwargs_of)
-    sizes = image_sizes(pipeline)
-    runs = [_first_calls(pipeline, sizes[size], text) for size, text in VARIANTS]
+    with upstream_runs(pipeline_class):
+        style, axes, runs = _measured_runs(pipeline)
     transformers = {
         name: probe_transformer(
             getattr(pipeline, name),
@@ -57,6 +53,23 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
             expected="a denoising transformer",
         )
     return PipelineFacts(cfg_style=style, cfg_axes=axes, transformers=transformers)
+
+
+def _measured_runs(
+    pipeline: Any,
+) -> tuple[str, dict[str, int], list[dict[str, TransformerCall]]]:
+    """The style of guidance, its axes, and the first calls of each variant."""
+    sizes = image_sizes(pipeline)
+    kwargs_of = functools.partial(
+        call_kwargs,
+        pipeline,
+        height=sizes[0][0],
+        width=sizes[0][1],
+        num_inference_steps=2,
+    )
+    style, axes = measure_guidance(pipeline, kwargs_of)
+    runs = [_first_calls(pipeline, sizes[size], text) for size, text in VARIANTS]
+    return style, axes, runs
 
 
 def _first_calls(

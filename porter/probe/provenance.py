@@ -11,6 +11,7 @@ Shapes: value (B, H, Sk, D).
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,19 +75,9 @@ class KeyOrigins:
         return self
 
     def _call(self, arguments: dict[str, Any]) -> None:
-        signature = inspect.signature(type(self._block).forward)
-        positional, keywords = [], {}
-        for name, value in arguments.items():
-            kind = signature.parameters[name].kind
-            if kind is inspect.Parameter.VAR_POSITIONAL:
-                positional.extend(value)
-            elif kind is inspect.Parameter.VAR_KEYWORD:
-                keywords.update(value)
-            elif kind is inspect.Parameter.POSITIONAL_ONLY:
-                positional.append(value)
-            else:
-                keywords[name] = value
-        self._block(*positional, **keywords)
+        signature = inspect.signature(self._block.forward)
+        bound = inspect.BoundArguments(signature, OrderedDict(arguments))
+        self._block(*bound.args, **bound.kwargs)
 
     def _enter(self, path: str) -> Any:
         def hook(module: nn.Module, _: Any) -> None:
