@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention, AttnAddedKVProcessor2_0
 from torch import nn
 
 from tests.ranks import RankError, run_ranks
@@ -204,7 +204,7 @@ class TestProcessors:
         assert module.processor is given
         assert list(module.state_dict()) == keys
 
-    @pytest.mark.parametrize("given", [OtherProcessor(), AttnProcessor2_0()])
+    @pytest.mark.parametrize("given", [OtherProcessor(), AttnAddedKVProcessor2_0()])
     def test_one_that_is_not_ported_is_refused(self, given: Any) -> None:
         message = f"Attention Processor class {type(given).__name__} is not supported by xFuser"
         module = attention()
