@@ -14,6 +14,9 @@ from .errors import ShrinkError
 from .tokenizers import is_processor, make_tokenizer, tokenizer_for
 from .weights import enliven
 
+_NEEDED = ("transformer", "vae")
+"""Made where a pipeline calls them optional too: nothing runs without them."""
+
 
 class Components:
     """The components of one pipeline, in the order in which they need each other.
@@ -92,7 +95,7 @@ class Components:
     def _is_component(self, name: str) -> bool:
         """Whether a parameter is a component to make, and not a number or a flag."""
         optional = self.pipeline_class._optional_components
-        needed = _is_text(name) or name == "vae" or self._stand_in(name)
+        needed = name in _NEEDED or _is_text(name) or self._stand_in(name)
         if name in optional and not needed:
             return False
         hint = self.hints[name]

@@ -86,6 +86,9 @@ def call_kwargs(
         "generator": torch.Generator("cpu").manual_seed(seed),
         "output_type": output_type,
         "max_sequence_length": SEQUENCE_LENGTHS[text],
+        # Without these the picture is scaled to what the full model was trained on.
+        "max_area": (height or first[0]) * (width or first[1]),
+        "_auto_resize": False,
         "class_labels": [7 * text + row for row in range(batch_size)],
         **table.CALLS,
         **_guidance(names, batch_size, guidance),
