@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import symtable
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from porter.errors import Refusal
@@ -43,14 +44,13 @@ def output_path(kind: str, module: ParsedModule) -> str:
     return f"{FOLDERS[kind]}/{module.name.rpartition('.')[2]}.py"
 
 
-def bindings(module: ParsedModule) -> dict[str, Binding]:
+@functools.cache
+def bindings(module: ParsedModule) -> Mapping[str, Binding]:
     """Every global name that the module binds."""
-    always = _bound_always(ast.parse(module.text).body)
-    found = {
-        name: Binding("", name in always)
-        for name in _bound(ast.parse(module.text).body)
-    }
-    for statement in ast.parse(module.text).body:
+    body = ast.parse(module.text).body
+    always = _bound_always(body)
+    found = {name: Binding("", name in always) for name in _bound(body)}
+    for statement in body:
         if isinstance(statement, ast.Import):
             found.update(_external("import ", statement.names))
         elif isinstance(statement, ast.ImportFrom) and not statement.level:
