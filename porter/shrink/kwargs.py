@@ -15,6 +15,9 @@ from . import table
 TOKEN_ROWS = ((8, 8), (6, 14), (7, 9))
 """Token rows and columns of the picture sizes: even, wide, odd."""
 
+FRAMES = 5
+"""Latent frames of a video: more than a 4-fold cut into patches needs, and odd."""
+
 PROMPTS = (
     (
         'a small cactus with a happy face and a sign "hi"',
@@ -89,6 +92,7 @@ def call_kwargs(
         # Without these the picture is scaled to what the full model was trained on.
         "max_area": (height or first[0]) * (width or first[1]),
         "_auto_resize": False,
+        "num_frames": _temporal_compression(pipeline) * (FRAMES - 1) + 1,
         "class_labels": [7 * text + row for row in range(batch_size)],
         **table.CALLS,
         **_guidance(names, batch_size, guidance),
@@ -159,6 +163,18 @@ def _cell(pipeline: Any) -> int:
     if packs and largest == 1 and multiple > compression:
         largest = 2  # packed by the pipeline, in squares of two
     return int(compression * largest) * table.CELLS.get(type(pipeline).__name__, 1)
+
+
+def _temporal_compression(pipeline: Any) -> int:
+    """Frames of one latent frame; the first one stands for itself."""
+    return next(
+        (
+            int(value)
+            for name, value in vars(pipeline).items()
+            if name.startswith("vae_") and "temporal" in name and isinstance(value, int)
+        ),
+        4,
+    )
 
 
 def _compression(pipeline: Any) -> int:
