@@ -101,6 +101,14 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
     assert "torchrun --nproc_per_node=2" in text and "exit codes" in text
 
 
+def test_a_module_that_cannot_be_imported_is_named(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    code = forked(lambda rank: run.main(["Pipe", "--import", "no.such.module"]))
+    assert code == 2
+    assert "--import no.such.module" in capfd.readouterr().err
+
+
 def test_help_needs_no_torch() -> None:
     code = "import sys, xfuser_runtime.run; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

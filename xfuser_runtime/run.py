@@ -7,6 +7,7 @@ ends in one line before any collective.  Without torchrun it is one process.
 from __future__ import annotations
 
 import argparse
+import importlib
 import inspect
 import json
 import os
@@ -100,6 +101,14 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="keep height and width as given, in pipelines that round them to a bin",
     )
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="module that defines components of the checkpoint; may be repeated",
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output",
@@ -155,6 +164,21 @@ def check_checkpoint(folder: str | None, class_name: str) -> Path:
     return Path(folder)
 
 
+def _import_modules(names: Sequence[str]) -> None:
+    """Import modules that upstream's loader takes components from.
+
+    Raises:
+        InputError: there is no such module.
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise InputError(
+                f"--import {name}: {error}, expected a module on the Python path"
+            ) from None
+
+
 def _run(args: argparse.Namespace) -> int:
     if args.stock and world_size_of_environment() != 1:
         raise ConfigError(
@@ -170,6 +194,7 @@ def _run(args: argparse.Namespace) -> int:
     from xfuser_runtime.loader import load_pipeline_class, load_upstream_class
 
     check_backend_name(engine_config.runtime_config.attention_backend)
+    _import_modules(args.imports)
     cls: Any
     if args.stock:
         cls = load_upstream_class(args.name)

@@ -188,6 +188,7 @@ def start_replay(
         "results": "results",
         "max_ranks": max_ranks or 2 * _cores(),
         "runs": [vars(run) for run in runs],
+        "imports": modules_of_components(checkpoint),
     }
     (folder / "job.json").write_text(json.dumps(job, indent=1))
     with open(folder / "stderr.txt", "w") as stderr:
@@ -199,6 +200,13 @@ def start_replay(
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": _python_path()},
         )
     return Replay(folder, {run.name: run for run in runs}, process)
+
+
+def modules_of_components(checkpoint: Path) -> list[str]:
+    """Modules outside diffusers and transformers that hold components of a checkpoint."""
+    index = json.loads((checkpoint / "model_index.json").read_text())
+    entries = [entry for entry in index.values() if isinstance(entry, list)]
+    return sorted({module for module, _ in entries if module and "." in module})
 
 
 def _joined(folder: Path, call: str, replicas: int) -> tuple[torch.Tensor, ...]:

@@ -46,6 +46,8 @@ class Job:
         runs: the runs.
         max_ranks: ranks alive at any time; a larger run runs alone.
         seed: of torch's global generator before each call.
+        imports: modules that hold components of the checkpoint; upstream's loader takes
+            classes of packages other than its own only from modules already imported.
     """
 
     port: str
@@ -57,6 +59,7 @@ class Job:
     runs: tuple[Run, ...]
     max_ranks: int = 2
     seed: int = 0
+    imports: tuple[str, ...] = ()
 
     @property
     def pipeline_class(self) -> type:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from porter.verify.cases import CHANGE_LATENTS, Case, cases_for, packed
+from porter.verify.processes import modules_of_components
 from xfuser_runtime.replay import ranks
 from xfuser_runtime.replay.calls import callback_steps, unpacked
 from xfuser_runtime.replay.faults import injected
@@ -39,6 +40,17 @@ def test_paths_of_a_job_are_relative_to_it(tmp_path: Path) -> None:
     job = read_job(_write_job(tmp_path))
     assert job.checkpoint == tmp_path / "checkpoint"
     assert job.runs == (Run("run", 2, {}, ("a call",)),)
+
+
+def test_modules_of_components_are_those_of_other_packages(tmp_path: Path) -> None:
+    index = {
+        "_class_name": "Pipe",
+        "vae": ["diffusers", "AutoencoderKL"],
+        "processor": ["my.components", "Processor"],
+        "safety_checker": [None, None],
+    }
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    assert modules_of_components(tmp_path) == ["my.components"]
 
 
 @pytest.mark.parametrize(
