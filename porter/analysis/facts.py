@@ -41,6 +41,9 @@ class LoopFacts:
         latents: the stream whose tokens follow the latents, if one stream does.
         context: where other tokens stand in that stream: "before" or "after" those of the
             latents, or None where it holds nothing else.
+        rows: the dimensions of the transformer's first tensor that count the latents'
+            tokens, each with a token's extent, the one that the stream runs over last first;
+            empty where patches cannot cut them.
         values: token axes of every variable read in the loop that counts sharded tokens,
             the carried streams first: one axis, or one for each item of a tuple.
     """
@@ -49,6 +52,7 @@ class LoopFacts:
     lengths: Mapping[str, tuple[str, int]]
     latents: str | None
     context: str | None
+    rows: tuple[tuple[int, int], ...]
     values: Mapping[str, tuple[TokenAxis, ...]]
 
 
@@ -112,6 +116,7 @@ def _transformer(data: Mapping[str, Any]) -> TransformerFacts:
                 },
                 latents=loop["latents"],
                 context=loop["context"],
+                rows=tuple((dim, extent) for dim, extent in loop["rows"]),
                 values={
                     name: tuple(
                         TokenAxis(

@@ -1,12 +1,13 @@
-"""Which rows of a stream come from the latents: two runs that differ in the latents alone.
+"""Which tokens of a stream come from which elements of the latents: runs that differ there alone.
 
-All attention returns zeros in both runs, so that no token hears of another one: a row of
-a stream differs between the runs exactly where the latents reach it directly.
+All attention returns zeros in these runs, so that no token hears of another one: a token of
+a stream differs from the plain run exactly where the changed latents reach it directly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import libcst as cst
@@ -17,87 +18,201 @@ from porter.analysis.block_loops import BlockLoop
 from porter.parsed import ParsedModule
 from porter.probe.capture import TransformerCall
 from porter.probe.instrument import instrumented_forward
+from porter.probe.leaves import tensor_leaves
 from porter.verify.hooks import AttentionCall, replaced_attention
 
-Place = tuple[int, int, int]
-"""(first row, row behind the last one, number of rows) of the latents in a stream."""
+Streams = dict[str, dict[str, torch.Tensor]]
+"""The carried tensors at each loop, by block list and name."""
 
 
-def latent_places(
-    model: nn.Module,
-    source: ParsedModule,
-    forward: cst.FunctionDef,
-    loops: tuple[BlockLoop, ...],
-    call: TransformerCall,
-) -> dict[str, dict[str, Place]]:
-    """Place of the latents in each carried stream, by block list and name.
+@dataclass(frozen=True)
+class Place:
+    """Where the tokens of the latents stand in a stream.
 
-    The latents are the call's first floating-point tensor.  Streams that hold their rows in
-    several pieces are left out.
+    Attributes:
+        start, stop: the first of them, and the one behind the last.
+        length: tokens of the whole stream.
     """
-    name = next(
-        (
-            key
-            for key, value in call.arguments.items()
-            if isinstance(value, torch.Tensor) and value.is_floating_point()
-        ),
-        None,
-    )
-    if name is None:
-        return {}
-    plain = dict(call.arguments)
-    noise = torch.randn(plain[name].shape, generator=torch.Generator().manual_seed(0))
-    moved = plain | {name: plain[name] + noise.to(plain[name].dtype)}
-    first = _streams(model, source, forward, loops, plain)
-    second = _streams(model, source, forward, loops, moved)
-    places: dict[str, dict[str, Place]] = {}
-    for blocks, streams in first.items():
-        for key, stream in streams.items():
-            place = _place(stream, second.get(blocks, {}).get(key))
-            if place is not None:
-                places.setdefault(blocks, {})[key] = place
-    return places
+
+    start: int
+    stop: int
+    length: int
 
 
-def _streams(
-    model: nn.Module,
-    source: ParsedModule,
-    forward: cst.FunctionDef,
-    loops: tuple[BlockLoop, ...],
-    arguments: Mapping[str, Any],
-) -> dict[str, dict[str, torch.Tensor]]:
-    """The carried tensors at each loop, by block list and name."""
-    seen: dict[str, dict[str, torch.Tensor]] = {}
-    carried = {loop.blocks: loop.carried for loop in loops}
+class LatentProbe:
+    """Changes parts of one captured call's latents and looks at the streams.
 
-    def report(blocks: str, names: dict[str, Any]) -> None:
-        seen[blocks] = {
-            name: names[name].clone()
-            for name in carried[blocks]
-            if isinstance(names.get(name), torch.Tensor)
+    The latents are the first floating-point tensor of the call, in a list or not.
+
+    Args:
+        model: the shrunken stock model.
+        source: the module that defines its class.
+        forward: its forward.
+        loops: the block loops.
+        call: the captured call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: ParsedModule,
+        forward: cst.FunctionDef,
+        loops: tuple[BlockLoop, ...],
+        call: TransformerCall,
+    ) -> None:
+        self._model, self._source, self._forward = model, source, forward
+        self._loops, self._arguments = loops, call.arguments
+        self._path, self._latents = next(
+            (
+                (path, leaf)
+                for path, leaf in tensor_leaves(call.arguments)
+                if leaf.is_floating_point()
+            ),
+            ("", None),
+        )
+        self._seen: dict[tuple[int, int, int] | None, Streams] = {}
+
+    def place(self, blocks: str, name: str, dim: int) -> Place | None:
+        """Where the latents stand in stream `name`, whose tokens lie along `dim`.
+
+        None where they stand in several pieces, or nowhere.
+        """
+        if self._latents is None:
+            return None
+        tokens = self._touched(blocks, name, dim, (0, 0, self._latents.shape[0]))
+        if not tokens or tokens[-1] - tokens[0] + 1 != len(tokens):
+            return None
+        length = self._streams(None)[blocks][name].shape[dim]
+        return Place(tokens[0], tokens[-1] + 1, length)
+
+    def rows(self, blocks: str, name: str, dim: int) -> tuple[tuple[int, int], ...]:
+        """The dimensions of the latents that count tokens, each with a token's extent.
+
+        The stream runs over them as a row-major array does, the last one fastest, so that
+        slices along the first one are runs of the stream: patches may cut it.  Empty where
+        the tokens do not lie like this.
+        """
+        place = self.place(blocks, name, dim)
+        if place is None:
+            return ()
+        assert self._latents is not None
+        # The batch comes first, except in a list of samples.
+        first = 0 if "." in self._path else 1
+        found = []
+        for axis in range(first, self._latents.ndim):
+            step = self._step(blocks, name, dim, axis, place)
+            if step is not None:
+                part = (axis, step, step + 1)
+                stride = self._touched(blocks, name, dim, part)[0] - place.start
+                found.append((stride, axis, step))
+        stride = 1
+        for found_stride, axis, step in sorted(found):
+            if found_stride != stride:
+                return ()
+            stride *= self._latents.shape[axis] // step
+        rows = tuple((axis, step) for _, axis, step in sorted(found, reverse=True))
+        if not rows or stride != place.stop - place.start:
+            return ()
+        return rows if self._in_order(blocks, name, dim, *rows[0], place) else ()
+
+    def _step(
+        self, blocks: str, name: str, dim: int, axis: int, place: Place
+    ) -> int | None:
+        """Elements along `axis` that share a token; None where all of them do."""
+        assert self._latents is not None
+        first = set(self._touched(blocks, name, dim, (axis, 0, 1)))
+        extent = self._latents.shape[axis]
+        if len(first) == place.stop - place.start:
+            return None
+        for step in range(1, extent):
+            if extent % step == 0 and not first & set(
+                self._touched(blocks, name, dim, (axis, step, step + 1))
+            ):
+                return step
+        return None
+
+    def _in_order(
+        self, blocks: str, name: str, dim: int, axis: int, step: int, place: Place
+    ) -> bool:
+        """True when each slice along `axis` is the next run of tokens."""
+        assert self._latents is not None
+        count = self._latents.shape[axis] // step
+        share, rest = divmod(place.stop - place.start, count)
+        return rest == 0 and all(
+            self._touched(blocks, name, dim, (axis, row * step, (row + 1) * step))
+            == list(range(place.start + row * share, place.start + (row + 1) * share))
+            for row in range(count)
+        )
+
+    def _touched(
+        self, blocks: str, name: str, dim: int, part: tuple[int, int, int]
+    ) -> list[int]:
+        """Tokens of a stream that change with the latents' part (axis, start, stop)."""
+        before = self._streams(None).get(blocks, {}).get(name)
+        after = self._streams(part).get(blocks, {}).get(name)
+        if before is None or after is None or before.shape != after.shape:
+            return []
+        others = [d for d in range(before.ndim) if d != dim]
+        changed = (before != after).double().sum(dim=others)
+        found: list[int] = changed.nonzero().flatten().tolist()
+        return found
+
+    def _streams(self, part: tuple[int, int, int] | None) -> Streams:
+        """The streams of a run with a part of the latents changed; None changes nothing."""
+        if part not in self._seen:
+            arguments = self._arguments
+            if part is not None:
+                assert self._latents is not None
+                arguments = _replaced(
+                    arguments, self._path, _moved(self._latents, part)
+                )
+            self._seen[part] = self._run(arguments)
+        return self._seen[part]
+
+    def _run(self, arguments: Mapping[str, Any]) -> Streams:
+        seen: Streams = {}
+        carried = {loop.blocks: loop.carried for loop in self._loops}
+
+        def report(blocks: str, names: dict[str, Any]) -> None:
+            seen[blocks] = {
+                name: names[name].clone()
+                for name in carried[blocks]
+                if isinstance(names.get(name), torch.Tensor)
+            }
+
+        function = instrumented_forward(
+            self._source, self._forward, self._loops, self._model, report
+        )
+        copied = {
+            name: dict(value) if isinstance(value, dict) else value
+            for name, value in arguments.items()
         }
+        with torch.no_grad(), replaced_attention(_zeros):
+            function(**copied)
+        return seen
 
-    function = instrumented_forward(source, forward, loops, model, report)
-    copied = {
-        name: dict(value) if isinstance(value, dict) else value
-        for name, value in arguments.items()
-    }
-    with torch.no_grad(), replaced_attention(_zeros):
-        function(**copied)
-    return seen
+
+def _moved(latents: torch.Tensor, part: tuple[int, int, int]) -> torch.Tensor:
+    axis, start, stop = part
+    moved = latents.clone()
+    region = moved.narrow(axis, start, stop - start)
+    noise = torch.randn(region.shape, generator=torch.Generator().manual_seed(0))
+    region.add_(noise.to(region.dtype))
+    return moved
+
+
+def _replaced(value: Any, path: str, leaf: torch.Tensor) -> Any:
+    """A nested value with another tensor at `path`."""
+    if not path:
+        return leaf
+    key, _, rest = path.partition(".")
+    if isinstance(value, Mapping):
+        return {**value, key: _replaced(value[key], rest, leaf)}
+    items = list(value)
+    items[int(key)] = _replaced(items[int(key)], rest, leaf)
+    return items
 
 
 def _zeros(call: AttentionCall) -> torch.Tensor:
     shape = (*call.query.shape[:-1], call.value.shape[-1])
     return call.query.new_zeros(shape)
-
-
-def _place(first: torch.Tensor, second: torch.Tensor | None) -> Place | None:
-    if second is None or first.shape != second.shape or first.ndim != 3:
-        return None
-    # Tokens lie along dimension 1, in sequence-first models along dimension 0.
-    dim = 1 if first.shape[1] >= first.shape[0] else 0
-    rows = (first != second).any(dim=2).any(dim=1 - dim).nonzero().flatten().tolist()
-    if not rows or rows[-1] - rows[0] + 1 != len(rows):
-        return None
-    return rows[0], rows[-1] + 1, first.shape[dim]

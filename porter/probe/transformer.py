@@ -18,7 +18,7 @@ from porter.parsed import ParsedModule
 from porter.probe.axes import AxisSolver
 from porter.probe.capture import TransformerCall
 from porter.probe.instrument import instrumented_forward
-from porter.probe.latents import latent_places
+from porter.probe.latents import LatentProbe
 from porter.probe.leaves import leaf_shapes
 from porter.probe.provenance import KeyOrigins, runs_of
 
@@ -61,14 +61,12 @@ def probe_transformer(
     facts: list[LoopFacts] = []
     attention: dict[str, tuple[str, ...]] = {}
     processors: dict[str, None] = {}
-    places = latent_places(model, source, forward, loops, calls[0])
+    tokens = LatentProbe(model, source, forward, loops, calls[0])
     for loop in loops:
         seen = [run[loop.blocks] for run in runs if loop.blocks in run]
         if len(seen) != len(calls):
             continue
-        measured = _LoopProbe(
-            source, loop, seen, variants, places.get(loop.blocks, {})
-        ).measure()
+        measured = _LoopProbe(source, loop, seen, variants, tokens).measure()
         if measured is not None:
             facts.append(measured.facts)
             attention.update(measured.attention)
@@ -146,14 +144,14 @@ class _LoopProbe:
         loop: BlockLoop,
         runs: Sequence[_LoopRun],
         variants: Sequence[Variant],
-        places: Mapping[str, tuple[int, int, int]],
+        tokens: LatentProbe,
     ) -> None:
         self._source = source
         self._loop = loop
         self._runs = runs
         self._sizes = [size for size, _ in variants]
         self._texts = [text for _, text in variants]
-        self._places = places
+        self._tokens = tokens
         self._where = source.where(loop.node)
 
     def measure(self) -> _Measured | None:
@@ -185,7 +183,8 @@ class _LoopProbe:
             if (found := solver.axes_of(name))
         }
         self._check_integers()
-        latents, context = self._latents(image, lengths)
+        latents, context = self._latents(image, lengths, axes)
+        rows = self._rows(latents, axes)
         sharded = {
             path: keys for path, keys in origins.items() if set(keys) & set(streams)
         }
@@ -195,6 +194,7 @@ class _LoopProbe:
                 lengths={name: (name, axes[name]) for name in streams},
                 latents=latents,
                 context=context,
+                rows=rows,
                 values=values,
             ),
             {f"{self._loop.blocks}.*.{path}": keys for path, keys in sharded.items()},
@@ -249,18 +249,33 @@ class _LoopProbe:
         )
 
     def _latents(
-        self, image: Sequence[str], lengths: Mapping[str, tuple[int, ...]]
+        self,
+        image: Sequence[str],
+        lengths: Mapping[str, tuple[int, ...]],
+        axes: Mapping[str, int],
     ) -> tuple[str | None, str | None]:
         """The one stream that holds the latents' tokens, and where others stand in it."""
         alone = [name for name in image if not self._with_text(lengths[name])]
-        if len(alone) == 1:
-            return alone[0], None
-        if len(image) != 1 or image[0] not in self._places:
+        streams = alone if len(alone) == 1 else image
+        if len(streams) != 1:
             return None, None
-        start, stop, length = self._places[image[0]]
-        if length != lengths[image[0]][0] or (start > 0 and stop < length):
+        (name,) = streams
+        place = self._tokens.place(self._loop.blocks, name, axes[name])
+        if place is None or place.length != lengths[name][0]:
             return None, None
-        return image[0], "before" if start > 0 else "after"
+        if place.stop - place.start == place.length:
+            return name, None
+        if place.start > 0 and place.stop < place.length:
+            return None, None
+        return name, "before" if place.start > 0 else "after"
+
+    def _rows(
+        self, latents: str | None, axes: Mapping[str, int]
+    ) -> tuple[tuple[int, int], ...]:
+        """The latents' dimensions that count tokens, in the order of the stream."""
+        if latents is None:
+            return ()
+        return self._tokens.rows(self._loop.blocks, latents, axes[latents])
 
     def _parameters(self) -> dict[str, str]:
         """Variable of each parameter of the block that is a plain name."""

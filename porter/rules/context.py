@@ -34,4 +34,21 @@ class PipelineContext:
                 "sequential": "two calls were measured, not what the source shows",
             }
             refused["cfg"] = f"{where}: {seen[self.facts.cfg_style]}"
+        if "pipefusion" not in refused and (blocks := self._uncut()):
+            where = self.source.module.where(self.source.denoising.calls[0].call)
+            refused["pipefusion"] = (
+                f"{where}: the tokens in {blocks} are no whole rows of the latents"
+            )
         return refused
+
+    def _uncut(self) -> str:
+        """A block list whose tokens no rows of the latents cut, or ''."""
+        return next(
+            (
+                loop.blocks
+                for transformer in self.facts.transformers.values()
+                for loop in transformer.loops
+                if not loop.rows
+            ),
+            "",
+        )

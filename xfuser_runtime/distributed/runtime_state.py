@@ -21,10 +21,6 @@ from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.layout import TokenLayout
 from xfuser_runtime.errors import InputError, StateError
 
-#: Dimension of the latents that patches cut, by number of dimensions: packed tokens (B, S, C),
-#: rows of (B, C, H, W), frames of (B, C, F, H, W).
-_PATCH_DIM = {3: 1, 4: 2, 5: 2}
-
 
 class BlockRegion(Protocol):
     """What attention and layers read of the block loop that is running."""
@@ -148,6 +144,7 @@ class RuntimeState:
         self.num_patches = 1
         self.latents_shape: tuple[int, ...] | None = None
         self._row_borders: tuple[int, ...] | None = None
+        self._patch_dim, self._patch_extent = 0, 0
         self.cfg_batch_is_split = False
         self.cfg_branches_are_split = False
         self.start_pass(step=-1, patch=None)
@@ -157,19 +154,28 @@ class RuntimeState:
         """True in a loop with patches while no region has set their borders."""
         return self.num_patches > 1 and self._row_borders is None
 
-    def adopt_patch_borders(self, layout: TokenLayout) -> TokenLayout:
+    def adopt_patch_borders(
+        self, layout: TokenLayout, dim: int, extent: int
+    ) -> TokenLayout:
         """``layout`` with the patch borders of this call's first region.
 
         Regions and guidance branches may have texts of different lengths, so each alone would
         balance its patches differently; but a patch is one region of the latents for all of them.
 
+        Args:
+            layout: of a region.
+            dim: dimension of the transformer's latents whose slices are the patches.
+            extent: of that dimension there; the loop's latents must have the same.
+
         Raises:
             ValueError: the regions have different numbers of latent rows.
+            InputError: the latents are not those that the transformer was given.
         """
         if not any(segment.split_by_patch for segment in layout.segments):
             return layout
         if self._row_borders is None:
             self._row_borders = layout.patch_borders()
+            self._patch_dim, self._patch_extent = dim, extent
             self.latent_slice = self._slice_of(self.patch)
         return layout.with_borders(self._row_borders)
 
@@ -177,14 +183,14 @@ class RuntimeState:
         """Region of the latents that ``patch`` covers; None where the borders are not known yet."""
         if patch is None or self._row_borders is None or self.latents_shape is None:
             return None
-        rows = self._row_borders[-1]
-        dim = _PATCH_DIM.get(len(self.latents_shape))
-        if dim is None or self.latents_shape[dim] % rows:
+        rows, dim = self._row_borders[-1], self._patch_dim
+        extent = self._patch_extent
+        if len(self.latents_shape) <= dim or self.latents_shape[dim] != extent:
             raise InputError(
-                f"latents of shape {self.latents_shape} for {rows} rows of tokens, expected whole rows;"
-                " use warmup_steps >= the number of steps"
+                f"latents of shape {self.latents_shape}, expected {extent} along dimension {dim} as in"
+                " the transformer's; use warmup_steps >= the number of steps"
             )
-        size = self.latents_shape[dim] // rows
+        size = extent // rows
         return LatentSlice(
             dim, self._row_borders[patch] * size, self._row_borders[patch + 1] * size
         )

@@ -7,7 +7,6 @@ of the block loops, placeholders of the stages that do not compute a value.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -24,12 +23,13 @@ from xfuser_runtime.base_wrapper import (
 from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.collectives import P2PChannel
 from xfuser_runtime.distributed.layout import Segment, TokenLayout
-from xfuser_runtime.distributed.runtime_state import RuntimeState, get_runtime_state
+from xfuser_runtime.distributed.runtime_state import get_runtime_state
 from xfuser_runtime.layers import wrap_attention, wrap_layer
 from xfuser_runtime.layers.base import rebind_forward
 from xfuser_runtime.transformers.adapters import takes_own_weights
 from xfuser_runtime.transformers.graphs import CallReplayer
 from xfuser_runtime.transformers.kernels import prepare_kernels
+from xfuser_runtime.transformers.latent_tokens import LatentTokens
 from xfuser_runtime.transformers.outputs import (
     Template,
     first_tensor,
@@ -170,6 +170,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         streams: Mapping[str, int],
         latents: str | None = None,
         context: str | None = None,
+        rows: Mapping[int, int] | None = None,
     ) -> BlockRegion:
         """Start the region of block list `loop`.
 
@@ -178,14 +179,19 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             streams: number of tokens of each stream that reaches the blocks.
             latents: the stream whose tokens follow the latents; patches cut it.
             context: "before" or "after" where that stream holds other tokens as well.
+            rows: the dimensions of the latents that count tokens, each with a token's
+                extent, the one that the stream runs over last first.
         """
         state = get_runtime_state()
         wrapping = self._wrapping
         num_patches = state.num_patches
         parts: dict[str, tuple[str, ...]] = {}
-        if latents is not None and context is not None and num_patches > 1:
-            streams, parts = self._without_context(streams, latents, context)
-        row = self._tokens_of_a_row(streams, latents, state) if num_patches > 1 else 1
+        row = 1
+        if num_patches > 1:
+            held = LatentTokens.of(latents, rows, wrapping.latent_shape)
+            if context is not None and latents is not None:
+                streams, parts = held.without_context(streams, latents, context)
+            row = held.tokens_of_a_row(streams, latents)
         layout = TokenLayout(
             tuple(
                 Segment(
@@ -200,7 +206,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             parallel_state.get_sequence_parallel_world_size(),
         )
         if num_patches > 1:
-            layout = state.adopt_patch_borders(layout)
+            layout = state.adopt_patch_borders(layout, held.dim, held.extent)
         plan, stage = wrapping.plan, parallel_state.get_pipeline_parallel_rank()
         links = (
             StageLinks(plan, stage, loop, wrapping.channel())
@@ -261,53 +267,6 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
     def _wrapping(self) -> _Wrapping:
         wrapping: _Wrapping = self.__dict__[self._state_name]
         return wrapping
-
-    def _without_context(
-        self, streams: Mapping[str, int], latents: str, context: str
-    ) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
-        """The latents' stream cut in two segments: its own tokens and the context."""
-        own = self._latent_tokens()
-        rest = f"{latents}.context"
-        cut = {**streams, latents: own, rest: streams[latents] - own}
-        parts = (rest, latents) if context == "before" else (latents, rest)
-        return cut, {latents: parts}
-
-    def _latent_tokens(self) -> int:
-        """Number of tokens of the latents: packed ones, or patches of an image."""
-        shape = self._wrapping.latent_shape
-        if len(shape) == 3:
-            return shape[1]
-        patch_size = getattr(self.config, "patch_size", None)  # type: ignore[attr-defined]
-        if len(shape) == 4 and isinstance(patch_size, int):
-            return (shape[2] // patch_size) * (shape[3] // patch_size)
-        raise ValueError(
-            f"latents of shape {shape} and patch size {patch_size}, expected packed tokens "
-            "or square patches of an image for PipeFusion; use warmup_steps >= the number "
-            "of steps"
-        )
-
-    def _tokens_of_a_row(
-        self, streams: Mapping[str, int], latents: str | None, state: RuntimeState
-    ) -> int:
-        """Tokens of one latent row, on whose multiples patches may end."""
-        shape = state.latents_shape
-        if latents is None or shape is None:
-            raise ValueError(
-                "no token stream that follows the latents, expected one for PipeFusion; "
-                "use warmup_steps >= the number of steps"
-            )
-        tokens = streams[latents]
-        if len(shape) == 3 and shape[1] == tokens:
-            return 1
-        if len(shape) == 4:
-            height, width = shape[-2:]
-            patch = math.isqrt(height * width // tokens)
-            if patch * patch * tokens == height * width and width % patch == 0:
-                return width // patch
-        raise ValueError(
-            f"{tokens} tokens for latents of shape {shape}, expected whole latent rows for "
-            "PipeFusion; use warmup_steps >= the number of steps"
-        )
 
 
 class _Wrapping:

@@ -85,6 +85,9 @@ def _begin(facts: LoopFacts) -> str:
     latents = f", latents={facts.latents!r}" if facts.latents else ""
     if facts.context:
         latents += f", context={facts.context!r}"
+    if facts.rows:
+        rows = ", ".join(f"{dim}: {extent}" for dim, extent in facts.rows)
+        latents += f", rows={{{rows}}}"
     return f'region = self._begin_region("{facts.blocks}", {{{streams}}}{latents})'
 
 

@@ -1,4 +1,4 @@
-# facts: {"loops": [{"blocks": "blocks", "lengths": {"hidden_states": ["hidden_states", 1]}, "latents": "hidden_states", "context": null, "values": {"hidden_states": [{"dim": 1, "streams": ["hidden_states"], "item": null, "keys": null}]}}], "attention": {"blocks.*.attn1": ["hidden_states"]}, "processors": ["toy.Proc"], "layers": ["torch.nn.modules.conv.Conv2d", "toy.PatchEmbed"]}
+# facts: {"loops": [{"blocks": "blocks", "lengths": {"hidden_states": ["hidden_states", 1]}, "latents": "hidden_states", "context": null, "rows": [[2, 1], [3, 2], [4, 2]], "values": {"hidden_states": [{"dim": 1, "streams": ["hidden_states"], "item": null, "keys": null}]}}], "attention": {"blocks.*.attn1": ["hidden_states"]}, "processors": ["toy.Proc"], "layers": ["torch.nn.modules.conv.Conv2d", "toy.PatchEmbed"]}
 class ToyModel(ModelMixin):
     def __init__(self):
         super().__init__()
@@ -38,7 +38,9 @@ class ToyModel(ModelMixin):
         # to tokens
         hidden_states = self.embed(hidden_states)
 
-        region = self._begin_region("blocks", {"hidden_states": hidden_states.shape[1]}, latents="hidden_states")
+        region = self._begin_region(
+            "blocks", {"hidden_states": hidden_states.shape[1]}, latents="hidden_states", rows={2: 1, 3: 2, 4: 2}
+        )
         hidden_states = region.shard(hidden_states, 1, "hidden_states")
         for block in self.blocks:
             hidden_states = region.hand_over(hidden_states)
