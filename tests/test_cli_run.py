@@ -104,7 +104,9 @@ def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_module_that_cannot_be_imported_is_named(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    code = forked(lambda rank: run.main(["Pipe", "--import", "no.such.module"]))
+    code = forked(
+        lambda rank: run.main([*CALL, "--prompt", PROMPT, "--import", "no.such.module"])
+    )
     assert code == 2
     assert "--import no.such.module" in capfd.readouterr().err
 
