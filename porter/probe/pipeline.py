@@ -13,7 +13,7 @@ from porter.parsed import ParsedModule
 from porter.probe.capture import TransformerCall, first_step_calls
 from porter.probe.guidance import measure_guidance
 from porter.probe.stock import upstream_runs
-from porter.probe.transformer import probe_transformer
+from porter.probe.transformer import BATCHED, probe_transformer
 from porter.shrink import call_kwargs, image_sizes, make_checkpoint
 
 VARIANTS = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1))
@@ -37,12 +37,14 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
     pipeline.set_progress_bar_config(disable=True)
     with upstream_runs(pipeline_class):
         style, axes, runs = _measured_runs(pipeline)
+        batched = _batched_runs(pipeline)
     transformers = {
         name: probe_transformer(
             getattr(pipeline, name),
             parsed_of(type(getattr(pipeline, name))),
             [calls[name] for calls in runs],
             VARIANTS,
+            [calls[name] for calls in batched if name in calls],
         )
         for name in runs[0]
         if all(name in calls for calls in runs)
@@ -72,12 +74,30 @@ def _measured_runs(
     return style, axes, runs
 
 
+def _batched_runs(pipeline: Any) -> list[dict[str, TransformerCall]]:
+    """The first calls with two prompts of different lengths.
+
+    Only these have padding masks in models that make a mask where it masks something.
+    None where stock takes one prompt alone.
+    """
+    sizes = image_sizes(pipeline)
+    try:
+        return [_first_calls(pipeline, sizes[size], text, 2) for size, text in BATCHED]
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return []
+
+
 def _first_calls(
-    pipeline: Any, size: tuple[int, int], text: int
+    pipeline: Any, size: tuple[int, int], text: int, batch_size: int = 1
 ) -> dict[str, TransformerCall]:
-    """The first call of each component at one image size and text length."""
+    """The first call of each component at one image size, text length and batch size."""
     kwargs = call_kwargs(
-        pipeline, height=size[0], width=size[1], text=text, num_inference_steps=2
+        pipeline,
+        height=size[0],
+        width=size[1],
+        text=text,
+        batch_size=batch_size,
+        num_inference_steps=2,
     )
     found: dict[str, TransformerCall] = {}
     for call in first_step_calls(pipeline, kwargs):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from porter.analysis.block_loops import BlockLoop, find_block_loops, find_method
-from porter.analysis.facts import LoopFacts, TransformerFacts
+from porter.analysis.facts import LoopFacts, TokenAxis, TransformerFacts
 from porter.errors import Refusal
 from porter.parsed import ParsedModule
 from porter.probe.axes import AxisSolver
@@ -23,6 +23,8 @@ from porter.probe.leaves import leaf_shapes
 from porter.probe.provenance import KeyOrigins, runs_of
 
 Variant = tuple[int, int]
+BATCHED: tuple[Variant, ...] = ((0, 0), (1, 0), (0, 1))
+"""(image size, text) of the calls with two samples, as indices."""
 
 
 @dataclass
@@ -41,6 +43,7 @@ def probe_transformer(
     source: ParsedModule,
     calls: Sequence[TransformerCall],
     variants: Sequence[Variant],
+    batched: Sequence[TransformerCall] = (),
 ) -> TransformerFacts:
     """Facts of `model` from calls at several image sizes and text lengths.
 
@@ -50,6 +53,8 @@ def probe_transformer(
         calls: one call a variant.
         variants: (image size, text) of each call, as indices; the first two differ in the
             image size alone.
+        batched: calls with two samples of different text lengths, for the values that
+            only such calls have.
 
     Raises:
         Refusal: a token-indexed value or an attention that no mechanism covers.
@@ -58,6 +63,7 @@ def probe_transformer(
     forward = find_method(source, owner, "forward")
     loops = find_block_loops(source, forward)
     runs = [_run(model, source, forward, loops, call) for call in calls]
+    batched_runs = [_run(model, source, forward, loops, call) for call in batched]
     facts: list[LoopFacts] = []
     attention: dict[str, tuple[str, ...]] = {}
     processors: dict[str, None] = {}
@@ -66,7 +72,8 @@ def probe_transformer(
         seen = [run[loop.blocks] for run in runs if loop.blocks in run]
         if len(seen) != len(calls):
             continue
-        measured = _LoopProbe(source, loop, seen, variants, tokens).measure()
+        padded = [run[loop.blocks] for run in batched_runs if loop.blocks in run]
+        measured = _LoopProbe(source, loop, seen, variants, tokens, padded).measure()
         if measured is not None:
             facts.append(measured.facts)
             attention.update(measured.attention)
@@ -145,6 +152,7 @@ class _LoopProbe:
         runs: Sequence[_LoopRun],
         variants: Sequence[Variant],
         tokens: LatentProbe,
+        padded: Sequence[_LoopRun],
     ) -> None:
         self._source = source
         self._loop = loop
@@ -152,6 +160,7 @@ class _LoopProbe:
         self._sizes = [size for size, _ in variants]
         self._texts = [text for _, text in variants]
         self._tokens = tokens
+        self._padded = padded
         self._where = source.where(loop.node)
 
     def measure(self) -> _Measured | None:
@@ -182,6 +191,7 @@ class _LoopProbe:
             for name in dict.fromkeys((*self._loop.carried, *self._loop.reads))
             if (found := solver.axes_of(name))
         }
+        values |= self._padded_values({name: axes[name] for name in streams}, order)
         self._check_integers()
         latents, context = self._latents(image, lengths, axes)
         rows = self._rows(latents, axes)
@@ -200,6 +210,32 @@ class _LoopProbe:
             {f"{self._loop.blocks}.*.{path}": keys for path, keys in sharded.items()},
             self._processors(sharded),
         )
+
+    def _padded_values(
+        self, streams: Mapping[str, int], order: tuple[str, ...]
+    ) -> dict[str, tuple[TokenAxis, ...]]:
+        """Axes of the values that only calls with texts of different lengths have.
+
+        Args:
+            streams: the token dimension of each stream.
+            order: the streams in the order of joint sequences.
+        """
+        if not self._padded:
+            return {}
+        shapes = [run.shapes for run in self._padded]
+        lengths = {
+            name: tuple(run[name][""][dim] for run in shapes)
+            for name, dim in streams.items()
+        }
+        texts = [text for _, text in BATCHED]
+        solver = AxisSolver(shapes, texts, lengths, order, self._where)
+        known = {name for run in self._runs for name in run.shapes if run.shapes[name]}
+        names = dict.fromkeys(name for run in shapes for name in run)
+        return {
+            name: found
+            for name in names
+            if name not in known and (found := solver.axes_of(name))
+        }
 
     def _fixed_streams(self, axes: Mapping[str, int], dim: int) -> dict[str, int]:
         """Carried streams of a length that never changes: they lie like the image stream.
