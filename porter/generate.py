@@ -13,6 +13,7 @@ from porter.lock import LOCK_NAME, Lock, read_lock, stale_reason
 from porter.names import output_path, wrapper_name
 from porter.port import (
     Port,
+    contradiction,
     lock_entry,
     make_port,
     port_again,
@@ -154,6 +155,11 @@ def _take_clashes(
                 expected="file names that differ",
                 todo="port one of them into another folder with --output",
             )
+            del ports[name]
+        elif refusal := contradiction(
+            port, [o for n, o in sorted(ports.items()) if n < name]
+        ):
+            refused[name] = refusal
             del ports[name]
         else:
             modules.update({path: u.module.name for path, u in own.items()})

@@ -11,12 +11,18 @@ from typing import Any
 import libcst as cst
 
 from porter import __version__, source
-from porter.analysis.facts import PipelineFacts, facts_from_json, to_json
+from porter.analysis.facts import (
+    PipelineFacts,
+    TransformerFacts,
+    facts_from_json,
+    to_json,
+)
 from porter.analysis.forward import Forward
+from porter.analysis.merge import merged
 from porter.analysis.pipeline_source import analyse_pipeline
 from porter.analysis.processor import Processor
 from porter.diff import changed_lines
-from porter.errors import PorterError
+from porter.errors import PorterError, Refusal
 from porter.names import output_path, wrapper_name
 from porter.render import Rewritten, render
 from porter.rules import attention, pipeline, transformer
@@ -73,14 +79,40 @@ def make_port(name: str, facts: PipelineFacts | None = None) -> Port:
 def render_ports(ports: Iterable[Port]) -> dict[str, str]:
     """The text of every generated file, by path below the output folder.
 
-    Classes that several ports share stand in one file, once, in alphabetical order.
+    Classes that several ports share stand in one file, once, in alphabetical order; a
+    transformer serves all of them.
+
+    Raises:
+        Refusal: two ports use a transformer in ways that contradict each other.
     """
     files: dict[str, dict[str, Rewritten]] = defaultdict(dict)
     for port in sorted(ports, key=lambda port: port.name):
         for unit in port.classes:
-            path = output_path(unit.kind, unit.upstream.module)
-            files[path].setdefault(unit.upstream.reference, unit)
+            units = files[output_path(unit.kind, unit.upstream.module)]
+            held = units.get(unit.upstream.reference)
+            units[unit.upstream.reference] = unit if held is None else _one(held, unit)
     return {path: render(list(units.values())) for path, units in sorted(files.items())}
+
+
+def contradiction(port: Port, others: Iterable[Port]) -> Refusal | None:
+    """Why `port` cannot stand in one folder with `others`, None where it can."""
+    try:
+        shared = [o for o in others if o.paths() & port.paths()]
+        units: dict[str, Rewritten] = {}
+        for unit in (unit for each in (*shared, port) for unit in each.classes):
+            held = units.get(unit.upstream.reference)
+            units[unit.upstream.reference] = unit if held is None else _one(held, unit)
+    except Refusal as refusal:
+        return refusal
+    return None
+
+
+def _one(held: Rewritten, unit: Rewritten) -> Rewritten:
+    """One unit for two ports of the same class."""
+    if held.facts is None or unit.facts is None or held.facts == unit.facts:
+        return held
+    owner = held.upstream
+    return _transformer(owner, merged(held.facts, unit.facts, owner.class_name))
 
 
 def lock_entry(port: Port, outputs: Mapping[str, str]) -> dict[str, Any]:
@@ -148,7 +180,7 @@ def _measure(upstream: Upstream) -> PipelineFacts:
 
 def _transformers(upstream: Upstream, facts: PipelineFacts) -> Iterator[Rewritten]:
     annotations = source.denoiser_parameters(source.class_node(upstream))
-    done: set[str] = set()
+    found_facts: dict[str, TransformerFacts] = {}
     for name, measured in sorted(facts.transformers.items()):
         annotation = annotations.get(name, "").split("|")[0].strip()
         found = source.symbol(upstream.module.name, annotation)
@@ -158,12 +190,15 @@ def _transformers(upstream: Upstream, facts: PipelineFacts) -> Iterator[Rewritte
                 expected="a transformer class that the module imports",
                 where=upstream.module.file,
             )
-        if found[0] in done:
-            continue
-        done.add(found[0])
-        owner = source.load(":".join(found[0].rsplit(".", 1)))
-        forward = Forward(owner.module, owner.class_name, measured)
-        yield rewrite("transformer", owner, transformer.RULES, forward, forward.method)
+        held = found_facts.get(found[0], measured)
+        found_facts[found[0]] = merged(held, measured, annotation)
+    for symbol, measured in found_facts.items():
+        yield _transformer(source.load(":".join(symbol.rsplit(".", 1))), measured)
+
+
+def _transformer(owner: Upstream, facts: TransformerFacts) -> Rewritten:
+    forward = Forward(owner.module, owner.class_name, facts)
+    return rewrite("transformer", owner, transformer.RULES, forward, forward.method)
 
 
 def _processors(facts: PipelineFacts) -> Iterator[Rewritten]:
@@ -200,4 +235,5 @@ def rewrite(
             method.decorators[0] if method.decorators else method
         ),
         refused_modes=refused,
+        facts=facts.facts if isinstance(facts, Forward) else None,
     )

@@ -12,6 +12,7 @@ from pathlib import Path
 import jinja2
 
 from porter import __version__
+from porter.analysis.facts import TransformerFacts
 from porter.errors import PorterError, Refusal
 from porter.names import Binding, bindings, free_names, local_names, wrapper_name
 from porter.rules.engine import Rewrite
@@ -44,6 +45,7 @@ class Rewritten:
         text: the method after the edits.
         method_start: the method's first line in upstream's file.
         refused_modes: mode to reason, for a pipeline.
+        facts: what was measured of a transformer, None for other kinds.
     """
 
     kind: str
@@ -53,6 +55,7 @@ class Rewritten:
     text: str
     method_start: int
     refused_modes: Mapping[str, str]
+    facts: TransformerFacts | None = None
 
     @property
     def name(self) -> str:

@@ -22,12 +22,16 @@ class TokenAxis:
         item: index into the value where its items hold different tokens, else None.
         keys: the dimension of the keys in a mask over pairs of tokens, else None; `dim` is
             then that of the queries.
+        ndim: number of dimensions of the tensors that hold tokens.
+        optional: some calls give the value once for all tokens, told by its size.
     """
 
     dim: int
     streams: tuple[str, ...]
     item: int | None = None
     keys: int | None = None
+    ndim: int = 0
+    optional: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +128,8 @@ def _transformer(data: Mapping[str, Any]) -> TransformerFacts:
                             tuple(axis["streams"]),
                             axis["item"],
                             axis["keys"],
+                            axis["ndim"],
+                            axis["optional"],
                         )
                         for axis in axes
                     )

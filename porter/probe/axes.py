@@ -8,6 +8,7 @@ told apart; what still cannot be told is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 
 from porter.analysis.facts import TokenAxis
@@ -67,7 +68,7 @@ class AxisSolver:
                     "one token axis, or a tuple of tensors",
                 )
             if axis is not None:
-                items[int(item)] = TokenAxis(axis.dim, axis.streams, int(item))
+                items[int(item)] = replace(axis, item=int(item))
         return tuple(items.values())
 
     def _axis(self, name: str, path: str) -> TokenAxis | None:
@@ -81,7 +82,7 @@ class AxisSolver:
             extents = tuple(shape[dim] for shape in shapes)
             streams = self._streams_of(name, extents, lengths)
             if streams is not None:
-                found.append(TokenAxis(dim, streams))
+                found.append(TokenAxis(dim, streams, ndim=len(shapes[0])))
             elif self._follows_image(extents, present):
                 raise self._refusal(
                     f"value {name} of shapes {sorted(set(shapes))} with an image-sized "
@@ -91,7 +92,7 @@ class AxisSolver:
         if len(found) == 2:
             rows, keys = found
             if rows.streams == keys.streams and keys.dim == len(shapes[0]) - 1:
-                return TokenAxis(rows.dim, rows.streams, keys=keys.dim)
+                return replace(rows, keys=keys.dim)
         if len(found) > 1:
             raise self._refusal(
                 f"value {name} of shapes {sorted(set(shapes))} with {len(found)} token axes",

@@ -77,10 +77,19 @@ class BlockRegion:
         """True when this rank holds every row of this pass in one piece."""
         return self.patch is None and self.layout.num_shards == 1
 
-    def shard(self, value: Any, dim: int, *streams: str) -> Any:
+    def shard(
+        self, value: Any, dim: int, *streams: str, ndim: int | None = None
+    ) -> Any:
         """This rank's rows of `value` along `dim`, which holds `streams` in that order.
 
         Tensors inside tuples, lists and dicts are cut alike; None stays None.
+
+        Args:
+            value: what the blocks read.
+            dim: the dimension that holds tokens.
+            streams: whose tokens these are.
+            ndim: for a value that some calls give by token and others once for all: the
+                dimensions of one by token.  Another, or one of extent 1, stays whole.
 
         Raises:
             ValueError: when `dim` does not hold exactly the tokens of the streams.
@@ -88,11 +97,15 @@ class BlockRegion:
         if self.whole or value is None:
             return value
         if isinstance(value, torch.Tensor):
+            if ndim is not None and (value.ndim != ndim or value.shape[dim] == 1):
+                return value
             return self._cut(value, dim, streams)
         if isinstance(value, dict):
-            return {k: self.shard(v, dim, *streams) for k, v in value.items()}
+            return {
+                k: self.shard(v, dim, *streams, ndim=ndim) for k, v in value.items()
+            }
         if isinstance(value, (tuple, list)):
-            return type(value)(self.shard(v, dim, *streams) for v in value)
+            return type(value)(self.shard(v, dim, *streams, ndim=ndim) for v in value)
         return value
 
     def shard_items(

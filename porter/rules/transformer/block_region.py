@@ -97,7 +97,8 @@ def _shard(name: str, axes: tuple[TokenAxis, ...]) -> str:
         streams = ", ".join(f'"{stream}"' for stream in axes[0].streams)
         return f"region.shard_pairs({name}, {axes[0].dim}, {axes[0].keys}, {streams})"
     if axes[0].item is None:
-        return f"region.shard({name}, {_axis(axes[0])})"
+        once = f", ndim={axes[0].ndim}" if axes[0].optional else ""
+        return f"region.shard({name}, {_axis(axes[0])}{once})"
     items = ", ".join(f"{axis.item}: ({_axis(axis)})" for axis in axes)
     return f"region.shard_items({name}, {{{items}}})"
 

@@ -1,0 +1,112 @@
+"""Facts of one transformer class that several pipelines or components measured.
+
+They feed it differently: one passes a modulation for every token, another one for all; one
+passes a mask, another none.  The generated wrapper serves them all, so its facts are those
+of all together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from porter.analysis.facts import LoopFacts, TokenAxis, TransformerFacts
+from porter.errors import Refusal
+
+
+def merged(
+    first: TransformerFacts, second: TransformerFacts, class_name: str
+) -> TransformerFacts:
+    """The facts that hold for both; a value that only one holds by token is optional.
+
+    Args:
+        first, second: measured on the same class.
+        class_name: for the message.
+
+    Raises:
+        Refusal: they contradict each other.
+    """
+    if first == second:
+        return first
+    loops = {loop.blocks: loop for loop in first.loops}
+    others = {loop.blocks: loop for loop in second.loops}
+    if not (loops.keys() <= others.keys() or others.keys() <= loops.keys()):
+        raise _clash(
+            class_name, f"loops over {sorted(loops)} and over {sorted(others)}"
+        )
+    longer = first.loops if len(loops) >= len(others) else second.loops
+    attention: dict[str, tuple[str, ...]] = dict(first.attention)
+    for path, keys in second.attention.items():
+        if attention.setdefault(path, keys) != keys:
+            raise _clash(class_name, f"keys of {path} in two orders")
+    return TransformerFacts(
+        loops=tuple(
+            (
+                _loop(loops[loop.blocks], others[loop.blocks], class_name)
+                if loop.blocks in loops and loop.blocks in others
+                else loop
+            )
+            for loop in longer
+        ),
+        attention=attention,
+        processors=tuple(sorted({*first.processors, *second.processors})),
+        layers=tuple(sorted({*first.layers, *second.layers})),
+    )
+
+
+def _loop(first: LoopFacts, second: LoopFacts, class_name: str) -> LoopFacts:
+    if first.lengths != second.lengths:
+        raise _clash(class_name, f"other streams in {first.blocks}")
+    for name in ("latents", "context"):
+        if len({getattr(first, name), getattr(second, name)} - {None}) > 1:
+            raise _clash(class_name, f"other {name} in {first.blocks}")
+    return replace(
+        first,
+        latents=first.latents or second.latents,
+        context=first.context or second.context,
+        rows=_rows(first, second, class_name),
+        values={
+            name: _axes(name, first.values, second.values, class_name)
+            for name in dict.fromkeys((*first.values, *second.values))
+        },
+    )
+
+
+def _rows(
+    first: LoopFacts, second: LoopFacts, class_name: str
+) -> tuple[tuple[int, int], ...]:
+    """Of an image and of a video, those of the video: a single frame counts no tokens."""
+    one, other = sorted((first.rows, second.rows), key=len)
+    if one != tuple(row for row in other if row in one):
+        raise _clash(class_name, f"other rows of the latents in {first.blocks}")
+    return other
+
+
+def _axes(
+    name: str,
+    first: Mapping[str, tuple[TokenAxis, ...]],
+    second: Mapping[str, tuple[TokenAxis, ...]],
+    class_name: str,
+) -> tuple[TokenAxis, ...]:
+    if name in first and name in second:
+        one, other = (_required(values[name]) for values in (first, second))
+        if one != other:
+            raise _clash(class_name, f"other token axes of {name}")
+        optional = any(axis.optional for axis in (*first[name], *second[name]))
+        return tuple(replace(axis, optional=optional) for axis in one)
+    return tuple(
+        replace(axis, optional=True) for axis in first.get(name, second.get(name, ()))
+    )
+
+
+def _required(axes: tuple[TokenAxis, ...]) -> tuple[TokenAxis, ...]:
+    return tuple(replace(axis, optional=False) for axis in axes)
+
+
+def _clash(class_name: str, found: Any) -> Refusal:
+    return Refusal(
+        f"two uses of {class_name} with {found}",
+        expected="one form of the wrapper that serves both",
+        todo="port one of the pipelines into another folder with --output",
+    )

@@ -1,0 +1,61 @@
+"""A transformer that two pipelines feed differently: facts that serve both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from porter.analysis.facts import LoopFacts, TokenAxis, TransformerFacts
+from porter.analysis.merge import merged
+from porter.errors import Refusal
+
+_STREAM = TokenAxis(1, ("x",), ndim=3)
+_LOOP = LoopFacts(
+    blocks="blocks",
+    lengths={"x": ("x", 1)},
+    latents="x",
+    context=None,
+    rows=((3, 2), (4, 2)),
+    values={"x": (_STREAM,)},
+)
+_BY_TOKEN = replace(
+    _LOOP,
+    rows=((2, 1), (3, 2), (4, 2)),
+    values={"x": (_STREAM,), "temb": (TokenAxis(1, ("x",), ndim=4),)},
+)
+
+
+def _facts(*loops: LoopFacts, keys: tuple[str, ...] = ("x",)) -> TransformerFacts:
+    return TransformerFacts(loops, {"blocks.*.attn": keys}, ("toy.Proc",), ())
+
+
+def test_a_value_that_one_pipeline_gives_by_token_is_optional() -> None:
+    for pair in ((_LOOP, _BY_TOKEN), (_BY_TOKEN, _LOOP)):
+        found = merged(_facts(pair[0]), _facts(pair[1]), "Toy").loops[0]
+        assert found.values["temb"] == (TokenAxis(1, ("x",), ndim=4, optional=True),)
+        assert found.values["x"] == (_STREAM,)
+        # A single frame counts no tokens; the video's rows hold for both.
+        assert found.rows == _BY_TOKEN.rows
+    again = merged(merged(_facts(_LOOP), _facts(_BY_TOKEN), "Toy"), _facts(_LOOP), "T")
+    assert again == merged(_facts(_LOOP), _facts(_BY_TOKEN), "Toy")
+
+
+def test_facts_that_agree_stay_as_they_are() -> None:
+    assert merged(_facts(_LOOP), _facts(_LOOP), "Toy") == _facts(_LOOP)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (_facts(replace(_LOOP, lengths={"y": ("y", 1)})), "other streams in blocks"),
+        (_facts(replace(_LOOP, rows=((2, 2), (3, 2)))), "other rows of the latents"),
+        (_facts(replace(_LOOP, latents="y")), "other latents in blocks"),
+        (_facts(replace(_LOOP, values={"x": (TokenAxis(0, ("x",), ndim=3),)})), "axes"),
+        (_facts(_LOOP, keys=("y", "x")), "keys of blocks.*.attn in two orders"),
+        (_facts(replace(_LOOP, blocks="others")), "loops over"),
+    ],
+)
+def test_contradictions_are_refused(other: TransformerFacts, message: str) -> None:
+    with pytest.raises(Refusal, match=message.replace("*", r"\*")):
+        merged(_facts(_LOOP), other, "Toy")
