@@ -198,7 +198,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
                     name,
                     length,
                     row=row if name == latents else 1,
-                    split_by_patch=name == latents,
+                    follows_latents=name == latents,
                 )
                 for name, length in streams.items()
             ),
@@ -206,7 +206,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             parallel_state.get_sequence_parallel_world_size(),
         )
         if num_patches > 1:
-            layout = state.adopt_patch_borders(layout, held.dim, held.extent)
+            state.adopt_patch_borders(layout, held.dim, held.extent)
         plan, stage = wrapping.plan, parallel_state.get_pipeline_parallel_rank()
         links = (
             StageLinks(plan, stage, loop, wrapping.channel())
