@@ -62,6 +62,12 @@ def carried(module: ParsedModule, statements: Sequence[cst.CSTNode]) -> set[str]
     return _Flow().exposed(body, set()) & _names(body, ast.Store)
 
 
+def read_first(module: ParsedModule, statements: Sequence[cst.CSTNode]) -> set[str]:
+    """Names that statements read before they have surely written them."""
+    body = [part for statement in statements for part in to_ast(module, statement)]
+    return _Flow().exposed(body, set())
+
+
 def _names(nodes: Iterable[ast.AST], kind: type[ast.expr_context]) -> set[str]:
     found: set[str] = set()
     for node in nodes:
