@@ -6,7 +6,6 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import libcst as cst
 from torch import nn
@@ -167,14 +166,10 @@ class _LoopProbe:
             if name not in whole and (found := solver.axes_of(name))
         }
         values |= self._padded_values(
-            {
-                n: (leaf, origins.dims[leaf])
-                for n, leaf in leaves.items()
-                if n in lengths
-            },
+            {n: (leaves[n], origins.dims[leaves[n]]) for n in lengths},
             tuple(n for n in order if n in lengths),
         )
-        counts = self._counts(lengths, order)
+        counts = self._counts(solver)
         latents, context = self._latents(image, lengths, axes)
         rows = self._rows(latents, axes)
         sharded = {path: n for path, n in keys.items() if set(n) & set(streams)}
@@ -381,31 +376,22 @@ class _LoopProbe:
         joint = next(iter(orders), ())
         return joint + tuple(name for name in streams if name not in joint)
 
-    def _counts(
-        self, lengths: Mapping[str, tuple[int, ...]], order: tuple[str, ...]
-    ) -> dict[str, tuple[str, ...]]:
+    def _counts(self, solver: AxisSolver) -> dict[str, tuple[str, ...]]:
         """Integers of the loop's body that count the tokens of streams."""
         found = {}
         for name in self._runs[0].integers:
-            numbers = tuple(run.integers.get(name) for run in self._runs)
+            numbers = [run.integers.get(name) for run in self._runs]
             if len(set(numbers)) == 1:
                 continue
-            counted = [
-                names
-                for size in range(1, len(order) + 1)
-                for names in combinations(order, size)
-                if all(name in lengths for name in names)
-                and tuple(map(sum, zip(*(lengths[n] for n in names), strict=True)))
-                == numbers
-            ]
-            if not counted or name in self._loop.arguments:
+            streams = solver.counted(numbers)
+            if streams is None or name in self._loop.arguments:
                 raise Refusal(
                     f"integer {name} that changes with the image or the text reaches the "
                     "blocks",
                     expected="no global sizes in a block",
                     where=self._where,
                 )
-            found[name] = counted[0]
+            found[name] = streams
         return found
 
     def _processors(
