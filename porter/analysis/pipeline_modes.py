@@ -1,4 +1,4 @@
-"""Which ways of splitting a denoising loop admits, and the reason where it does not."""
+"""How guidance may be split over two ranks, and the reason where it may not."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import libcst as cst
 
 from porter.analysis.denoising import DenoisingLoop, TransformerCall
 from porter.parsed import ParsedModule, dotted, find
-from porter.scope import carried, names_in, reads, writes
-
-_DRAWS = ("randn_tensor", "torch.randn", "torch.randn_like", "torch.rand")
-_DRAWS_OF_TENSORS = ("normal_", "uniform_", "multinomial")
+from porter.scope import names_in, read_early, reads, writes
 
 
 def cfg_style(module: ParsedModule, loop: DenoisingLoop) -> tuple[str, str]:
@@ -42,7 +39,47 @@ def cfg_style(module: ParsedModule, loop: DenoisingLoop) -> tuple[str, str]:
     tests = second.guards[len(first.guards) :]
     if any(names_in(test) & rewritten for test in tests):
         return "none", f"{where}: its guard is known only after the first call"
+    live = live_outputs(module, loop)
+    if len(live) != 2:
+        named = ", ".join(live)
+        return "none", f"{where}: {named} live on after the two calls, expected two"
     return "sequential", ""
+
+
+def live_outputs(module: ParsedModule, loop: DenoisingLoop) -> tuple[str, ...]:
+    """What of two calls the rest of the step reads: the second call's output last.
+
+    Most often the first is what the first call binds; where the code between the calls
+    takes its output further, it is the name that this ends in.
+    """
+    first, second = loop.calls
+    assert first.target is not None and second.target is not None
+    tainted = {first.target}
+    for part in _statements_between(module, loop, first, second):
+        if reads(module, part) & tainted:
+            tainted |= writes(module, part)
+    following = read_early(
+        module, [*_after(module, loop, second.statement), *loop.body]
+    )
+    live = sorted(tainted & (following - {second.target}))
+    return (*(live or [first.target]), second.target)
+
+
+def _after(
+    module: ParsedModule, loop: DenoisingLoop, statement: cst.CSTNode
+) -> list[cst.CSTNode]:
+    """The statements that may run after one, up to the end of the loop's body."""
+    found: list[cst.CSTNode] = []
+    below = statement
+    for above in module.ancestors(statement):
+        if isinstance(above, cst.IndentedBlock):
+            parts = list(above.body)
+            found += parts[parts.index(below) + 1 :]
+        if above is loop.loop:
+            break
+        if isinstance(above, cst.BaseCompoundStatement):
+            below = above
+    return found
 
 
 def doubled_calls(
@@ -97,23 +134,3 @@ def _statements_between(
         for part in find(loop.loop, cst.SimpleStatementLine)
         if start <= module.span(part)[0] < end
     ]
-
-
-def unfit_for_patches(module: ParsedModule, loop: DenoisingLoop) -> str:
-    """Why a pass over one patch would not equal its part of a whole pass, or ''."""
-    others = carried(module, loop.body) - {loop.latents}
-    if others:
-        name = sorted(others)[0]
-        line = next(s for s in loop.body if name in reads(module, s))
-        return f"{module.where(line)}: {name} is carried from step to step"
-    for part in loop.body:
-        for node in find(part, cst.Call):
-            name = dotted(node.func)
-            if name in _DRAWS or name.rpartition(".")[2] in _DRAWS_OF_TENSORS:
-                return f"{module.where(node)}: random numbers are drawn in the loop"
-            if name.endswith(".append"):
-                return f"{module.where(node)}: a list grows in the loop"
-    for part in loop.tail:
-        if part is not loop.callback_block and loop.latents in writes(module, part):
-            return f"{module.where(part)}: latents change after the step's callback"
-    return ""

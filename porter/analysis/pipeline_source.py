@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import libcst as cst
 
 from porter.analysis.denoising import DenoisingLoop, TransformerCall
-from porter.analysis.pipeline_modes import cfg_style, unfit_for_patches
+from porter.analysis.patches import unfit_for_patches
+from porter.analysis.pipeline_modes import cfg_style
 from porter.errors import Refusal
 from porter.parsed import ParsedModule, Statement, dotted, find
 from porter.scope import carried, one_line, reads, writes

@@ -17,7 +17,7 @@ from torch import nn
 from porter.analysis.block_loops import BlockLoop
 from porter.parsed import ParsedModule
 from porter.probe.capture import TransformerCall
-from porter.probe.instrument import Probes, instrumented_forward
+from porter.probe.instrument import instrumented_forward
 from porter.probe.leaves import tensor_leaves
 from porter.verify.hooks import AttentionCall, replaced_attention
 
@@ -103,8 +103,10 @@ class LatentProbe:
             step = self._step(blocks, name, dim, axis, place)
             if step is not None:
                 part = (axis, step, step + 1)
-                stride = self._touched(blocks, name, dim, part)[0] - place.start
-                found.append((stride, axis, step))
+                touched = self._touched(blocks, name, dim, part)
+                if not touched:
+                    return ()
+                found.append((touched[0] - place.start, axis, step))
         stride = 1
         for found_stride, axis, step in sorted(found):
             if found_stride != stride:
@@ -181,7 +183,7 @@ class LatentProbe:
             }
 
         function = instrumented_forward(
-            self._source, self._forward, self._loops, self._model, Probes(report)
+            self._source, self._forward, self._loops, self._model, report
         )
         copied = {
             name: dict(value) if isinstance(value, dict) else value

@@ -11,7 +11,7 @@ from porter.analysis.facts import PipelineFacts
 from porter.errors import Refusal
 from porter.parsed import ParsedModule
 from porter.probe.capture import TransformerCall, first_step_calls
-from porter.probe.guidance import measure_guidance
+from porter.probe.guidance import Axes, measure_guidance
 from porter.probe.stock import upstream_runs
 from porter.probe.transformer import BATCHED, probe_transformer
 from porter.shrink import call_kwargs, image_sizes, make_checkpoint
@@ -59,7 +59,7 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
 
 def _measured_runs(
     pipeline: Any,
-) -> tuple[str, dict[str, int], list[dict[str, TransformerCall]]]:
+) -> tuple[str, Axes, list[dict[str, TransformerCall]]]:
     """The style of guidance, its axes, and the first calls of each variant."""
     sizes = image_sizes(pipeline)
     kwargs_of = functools.partial(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -95,7 +96,7 @@ def call_kwargs(
         "num_frames": _temporal_compression(pipeline) * (FRAMES - 1) + 1,
         "class_labels": [7 * text + row for row in range(batch_size)],
         **table.CALLS,
-        **_guidance(names, batch_size, guidance),
+        **_guidance(pipeline, names, batch_size, guidance),
     }
     wanted.update(_pictures(names, wanted["height"], wanted["width"], batch_size))
     if "prior_token_ids" in names:
@@ -140,14 +141,28 @@ def _prior_tokens(
     return torch.randint(codes, (batch_size, count), generator=generator)
 
 
-def _guidance(names: Any, batch_size: int, guidance: bool) -> dict[str, Any]:
+def _guidance(
+    pipeline: Any, names: Any, batch_size: int, guidance: bool
+) -> dict[str, Any]:
     """The scale that switches the second branch, and its prompt."""
     scale = next((name for name in _GUIDANCE_NAMES if name in names), None)
     if scale is None:
         return {}
     if not guidance:
-        return {scale: 1.0}
+        return {scale: 0.0 if _guides_at_one(pipeline, scale) else 1.0}
     return {scale: GUIDANCE, "negative_prompt": [NEGATIVE_PROMPT] * batch_size}
+
+
+def _guides_at_one(pipeline: Any, scale: str) -> bool:
+    """Whether the class's own test is on at a scale of 1: some formulas start from 0."""
+    test = getattr(type(pipeline), "do_classifier_free_guidance", None)
+    if not isinstance(test, property) or test.fget is None:
+        return False
+    at_one = SimpleNamespace(**{f"_{scale}": 1.0, scale: 1.0}, config=pipeline.config)
+    try:
+        return bool(test.fget(at_one))
+    except AttributeError:
+        return False  # asks for more than the scale
 
 
 def _cell(pipeline: Any) -> int:

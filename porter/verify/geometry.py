@@ -12,6 +12,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -29,21 +30,27 @@ class LatentRows:
     """How the latents' rows and the tokens correspond.
 
     Attributes:
-        axis: axis of the latents that is cut into patches.
+        axis: axis of the latents that is cut into patches, counted from the last: what
+            the denoiser takes may have a dimension more than what the scheduler steps.
         height: indices of that axis in one token row.
         count: number of token rows.
         tokens: tokens of one token row.
+        text_tokens: tokens in the blocks that follow no latents.
     """
 
     axis: int
     height: int
     count: int
     tokens: int
+    text_tokens: int
 
     def borders(self, num_patches: int) -> tuple[tuple[int, int], ...]:
         """The latents' region of each patch, `(start, stop)` on `axis`.
 
-        The token rows are shared out as evenly as they divide, the first patches one more.
+        The patches share all tokens, text included, as evenly as whole token rows allow.
+        The text is part of patch 0, so patch 0 has fewer rows, but at least one: each patch
+        in turn takes the number of rows nearest to an equal share of what is left, half a
+        row upwards, and leaves a row for each patch after it.
 
         Raises:
             OracleRefusal: more patches than token rows.
@@ -53,14 +60,17 @@ class LatentRows:
                 f"{num_patches} patches for {self.count} token rows, expected at most one "
                 "patch a row"
             )
-        rows = even_pieces(self.count, num_patches)
-        return tuple((a * self.height, b * self.height) for a, b in rows)
-
-
-def even_pieces(length: int, count: int) -> tuple[tuple[int, int], ...]:
-    """`length` things in `count` runs `(start, stop)`; the first runs take the remainder."""
-    sizes = [length // count + (i < length % count) for i in range(count)]
-    return tuple((sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(count))
+        regions, start = [], 0
+        for patch in range(num_patches):
+            patches_left = num_patches - patch
+            rows_left = self.count - start
+            text = self.text_tokens if patch == 0 else 0
+            share = Fraction(rows_left * self.tokens + text, patches_left) - text
+            rows = _nearest(share / self.tokens)
+            rows = min(max(rows, 1), rows_left - (patches_left - 1))
+            regions.append((start * self.height, (start + rows) * self.height))
+            start += rows
+        return tuple(regions)
 
 
 #: One attention call: which query rows and which key rows changed.
@@ -72,12 +82,13 @@ class TokenProbe:
 
     Args:
         module: the denoiser.
-        args, kwargs: its captured call; the first parameter holds the latents.
+        args, kwargs: its captured call; the first parameter holds the latents, one tensor
+            or a list of one tensor a sample.
         skip: tells whether the attention call that is being made stands outside the
             block loops (a refiner), where the port runs whole.
 
     Raises:
-        OracleRefusal: the first parameter is no tensor.
+        OracleRefusal: the first parameter is neither.
     """
 
     def __init__(
@@ -92,10 +103,16 @@ class TokenProbe:
         self._name = next(iter(self._bound.arguments))
         self._skip = skip
         latents = self._bound.arguments[self._name]
+        self._is_list = isinstance(latents, list) and all(
+            isinstance(sample, torch.Tensor) and sample.shape == latents[0].shape
+            for sample in latents
+        )
+        if self._is_list:
+            latents = torch.stack(latents)
         if not isinstance(latents, torch.Tensor):
             raise OracleRefusal(
                 f"{type(module).__name__} takes its latents as "
-                f"{type(latents).__name__}, expected one tensor"
+                f"{type(latents).__name__}, expected one tensor or a list of tensors"
             )
         self.latents = latents
         self._base = self._trace(latents)
@@ -170,7 +187,10 @@ class TokenProbe:
             starts.append(index)
             tokens, last = int(keys.sum()), keys
         height = self.latents.shape[axis] // len(starts)
-        return LatentRows(axis, height, len(starts), tokens)
+        whole = self.touched(axis, 0, self.latents.shape[axis])
+        text = max(int((~q).sum()) for q, k in whole if k.any())
+        from_last = axis - self.latents.dim()
+        return LatentRows(from_last, height, len(starts), tokens, text)
 
     def _trace(
         self, latents: torch.Tensor, sites: int | None = None
@@ -185,7 +205,8 @@ class TokenProbe:
             shape = (*call.query.shape[:-1], call.value.shape[-1])
             return call.query.new_zeros(shape)
 
-        self._bound.arguments[self._name] = latents
+        given = list(latents.unbind(0)) if self._is_list else latents
+        self._bound.arguments[self._name] = given
         with replaced_attention(local), contextlib.suppress(_Enough):
             self._module.forward(*self._bound.args, **self._bound.kwargs)
         return found
@@ -204,3 +225,8 @@ def _changed_rows(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 def _is_one_run(rows: torch.Tensor) -> bool:
     where = rows.nonzero().flatten()
     return int(where[-1] - where[0]) + 1 == len(where)
+
+
+def _nearest(value: Fraction) -> int:
+    """The nearest integer, halves upwards."""
+    return (value + Fraction(1, 2)).__floor__()

@@ -13,15 +13,16 @@ of step i+1 starts there, and not earlier: code before the blocks sees, at (i, p
 <= p of x_i and rows > p of x_(i-1).  After a whole (warm-up) step, and after a step with a
 callback, stage 0 has all rows.
 
-Text.  Rows of keys that follow no latents are shared out too: each run of them is cut into
-even pieces, one a patch.  Attention whose keys hold no row that follows the latents stays
-plain.
+Text.  Rows of keys that follow no latents belong to patch 0; other patches read what patch
+0 wrote last.  Attention whose keys hold no row that follows the latents stays plain.  The
+first denoiser call of a run decides the borders of the patches for all calls.
 
 Start.  Warm-up steps run whole and fill the caches.  With no warm-up, attention sees the
 rows filled so far alone.
 
 Schedulers.  Each patch steps its rows by its own copy, made after the warm-up.  The noise
-of a step is drawn whole and alike by all patches.
+of a step is drawn whole and alike by all patches.  What `step` returns besides the sample
+may be handed back to it in the next step: its rows, too, are those that each patch made.
 
 How.  A block computes each token from its own row and from its attention, so the blocks may
 compute *all* rows in each pass as long as attention keeps the displaced keys: the rows of
@@ -106,6 +107,7 @@ class _Simulation:
             regions=plan.regions,
         )
         self._latents: _Latents | None = None
+        self._others: list[Any] = []
         self._main = pipeline.scheduler
         self._copies: list[Any] = []
         self._random: list[torch.Tensor] = []
@@ -210,8 +212,9 @@ class _Simulation:
         self._take(sample)
         result = step(*args, **kwargs)
         stepped = result[0]
+        others = list(result[1:]) if isinstance(result, tuple) else []
         if self._patch is None:
-            self._latents = _Latents(stepped, stepped)
+            self._latents, self._others = _Latents(stepped, stepped), others
             return result
         latents, regions = self._latents, self._regions(sample)
         assert latents is not None
@@ -227,7 +230,23 @@ class _Simulation:
             if following is None
             else _with_rows(latents.seen, latents.newest, axis, following)
         )
-        return _with_sample(result, latents.seen)
+        self._others = self._merged(others, sample.shape, regions[self._patch])
+        return _with_sample(result, latents.seen, self._others)
+
+    def _merged(
+        self, others: list[Any], shape: torch.Size, region: tuple[int, int]
+    ) -> list[Any]:
+        """Further outputs of `step`, each row as its own patch made it last."""
+        axis = self._keys.rows.axis
+        before = self._others if len(self._others) == len(others) else others
+        return [
+            (
+                _with_rows(old, new, axis, region)
+                if isinstance(new, torch.Tensor) and new.shape == shape
+                else new
+            )
+            for old, new in zip(before, others, strict=True)
+        ]
 
     def _take(self, sample: torch.Tensor) -> None:
         """Accept the latents that the loop's body hands to the scheduler.
@@ -250,7 +269,7 @@ class _Simulation:
 
     def _regions(self, sample: torch.Tensor) -> tuple[tuple[int, int], ...]:
         axis, regions = self._keys.rows.axis, self._keys.regions
-        if sample.dim() <= axis or sample.shape[axis] != regions[-1][1]:
+        if sample.dim() < -axis or sample.shape[axis] != regions[-1][1]:
             raise OracleRefusal(
                 f"the scheduler steps {tuple(sample.shape)}, expected "
                 f"{regions[-1][1]} rows on axis {axis} as the denoiser's latents have"
@@ -286,10 +305,10 @@ def _with_rows(
     return changed
 
 
-def _with_sample(result: Any, sample: torch.Tensor) -> Any:
+def _with_sample(result: Any, sample: torch.Tensor, others: list[Any]) -> Any:
     """A scheduler's result, tuple or output object, with another `prev_sample`."""
     if isinstance(result, tuple):
-        return (sample, *result[1:])
+        return (sample, *others)
     changed = copy.copy(result)
     changed.prev_sample = sample
     return changed

@@ -205,8 +205,10 @@ def start_replay(
 def modules_of_components(checkpoint: Path) -> list[str]:
     """Modules outside diffusers and transformers that hold components of a checkpoint."""
     index = json.loads((checkpoint / "model_index.json").read_text())
-    entries = [entry for entry in index.values() if isinstance(entry, list)]
-    return sorted({module for module, _ in entries if module and "." in module})
+    # Lists of other lengths are values of the configuration.
+    entries = [e for e in index.values() if isinstance(e, list) and len(e) == 2]
+    modules = {entry[0] for entry in entries if isinstance(entry[0], str)}
+    return sorted(module for module in modules if "." in module)
 
 
 def _joined(folder: Path, call: str, replicas: int) -> tuple[torch.Tensor, ...]:

@@ -27,6 +27,7 @@ from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.collectives import all_reduce_max
 from xfuser_runtime.distributed.launch import prepare_environment
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
+from xfuser_runtime.errors import InputError
 from xfuser_runtime.layers.attention import reset_kv_caches
 from xfuser_runtime.pipelines import cfg
 from xfuser_runtime.pipelines.components import wrapped_transformers
@@ -177,6 +178,19 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
         """True in the last pass of a step: callbacks and the progress bar run once a step."""
         return self._loop.step_is_complete
 
+    def _refuse_patches(self, formula: str) -> None:
+        """Stop a call with patches before a formula over all rows of the latents.
+
+        Raises:
+            InputError: this call makes passes over patches.
+        """
+        if get_runtime_state().num_patches > 1:
+            raise InputError(
+                f"{formula} looks at all rows of the latents at once, expected a formula "
+                "that keeps them apart; leave out the argument that asks for it, or use "
+                "warmup_steps >= the number of steps"
+            )
+
     def _process_cfg_split_batch(self, *negative_and_positive: Any) -> Any:
         """The guided batch, or this rank's half of it; see `cfg.split_batch`."""
         return cfg.split_batch(*negative_and_positive)
@@ -186,7 +200,7 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
         return cfg.restore_batch(*halves)
 
     def _cfg_batched_call(
-        self, transformer: Any, axes: Mapping[str, int]
+        self, transformer: Any, axes: Mapping[str, int | str]
     ) -> Callable[..., Any]:
         """One transformer call for both branches; see `cfg.batched_call`."""
         shape = get_runtime_state().latents_shape

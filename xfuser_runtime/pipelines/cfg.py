@@ -58,15 +58,16 @@ def restore_batch(*halves: Any) -> Any:
 
 
 def batched_call(
-    transformer: Callable[..., Any], axes: Mapping[str, int], batch_size: int
+    transformer: Callable[..., Any], axes: Mapping[str, int | str], batch_size: int
 ) -> Callable[..., Any]:
     """`transformer`, run on this rank's branch of a doubled batch.
 
     Args:
         transformer: the wrapped transformer.
         axes: batch axis of every argument that guidance doubles, by parameter name with
-            a dot for keys of dicts.  An argument of twice the latents' batch is halved;
-            one of the latents' batch has been split already or holds for both branches.
+            a dot for keys of dicts and places in lists; "items" for a list of one item a
+            picture.  An argument of twice the latents' batch is halved; one of the
+            latents' batch has been split already or holds for both branches.
         batch_size: batch of the latents.
     """
     if parallel_state.get_classifier_free_guidance_world_size() == 1:
@@ -81,9 +82,10 @@ def batched_call(
         if not (halves.taken or get_runtime_state().cfg_batch_is_split):
             return transformer(*args, **kwargs)
         output = transformer(*bound.args, **bound.kwargs)
+        join = _gather_batch
         if not parallel_state.is_pipeline_last_stage():
-            return map_tensors(lambda leaf: torch.cat([leaf, leaf]), output)
-        return map_tensors(_gather_batch, output)
+            join = _twice
+        return _joined(join, output, batch_size if halves.of_lists else None)
 
     return call
 
@@ -138,33 +140,91 @@ class _Halves:
 
     def __init__(self, batch_size: int) -> None:
         self.taken = False
+        self.of_lists = False
         self._batch_size = batch_size
         self._rank = parallel_state.get_classifier_free_guidance_rank()
 
-    def take(self, arguments: dict[str, Any], path: list[str], axis: int) -> None:
+    def take(self, arguments: dict[str, Any], path: list[str], axis: int | str) -> None:
         """Halve `arguments[path[0]][path[1]]...` where it is doubled."""
         key, *rest = path
         value = arguments.get(key)
         if value is None:
             return
         if rest:
-            inner = dict(value)
+            inner = value
+            if not isinstance(value, Mapping):
+                inner = {str(place): item for place, item in enumerate(value)}
+            inner = dict(inner)
             self.take(inner, rest, axis)
+            if not isinstance(value, Mapping):
+                inner = type(value)(inner.values())
             arguments[key] = inner
-            return
-        arguments[key] = map_tensors(functools.partial(self._half, path, axis), value)
+        elif isinstance(axis, str):
+            arguments[key] = self._half_list(key, value)
+        else:
+            half = functools.partial(self._half, key, axis)
+            arguments[key] = map_tensors(half, value)
 
-    def _half(self, path: list[str], axis: int, leaf: torch.Tensor) -> torch.Tensor:
-        extent = leaf.shape[axis]
+    def _half(self, name: str, axis: int, leaf: torch.Tensor) -> torch.Tensor:
+        if not self._is_doubled(leaf.shape[axis], f"rows on axis {axis}", name):
+            return leaf
+        return leaf.narrow(axis, self._rank * self._batch_size, self._batch_size)
+
+    def _half_list(self, name: str, values: Any) -> Any:
+        if not self._is_doubled(len(values), "items", name):
+            return values
+        self.of_lists = True
+        start = self._rank * self._batch_size
+        return values[start : start + self._batch_size]
+
+    def _is_doubled(self, extent: int, of_what: str, name: str) -> bool:
         if extent == 2 * self._batch_size:
             self.taken = True
-            return leaf.narrow(axis, self._rank * self._batch_size, self._batch_size)
+            return True
         if extent == self._batch_size:
-            return leaf
+            return False
         raise ValueError(
-            f"argument {path[-1]} has {extent} rows on axis {axis}, expected "
+            f"argument {name} has {extent} {of_what}, expected "
             f"{self._batch_size} or {2 * self._batch_size}; run without use_cfg_parallel"
         )
+
+
+def _joined(join: Callable[[Any], Any], output: Any, list_length: int | None) -> Any:
+    """An output for both branches, by `join` of its tensors.
+
+    Args:
+        join: makes a tensor of both branches from this rank's.
+        output: nested; tensors have the batch first.
+        list_length: length of lists that hold one tensor a picture, None where there are
+            none.
+
+    Raises:
+        ValueError: the pictures of a list differ in shape.
+    """
+
+    def join_list(items: list[torch.Tensor]) -> list[torch.Tensor]:
+        shapes = {tuple(item.shape) for item in items}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"outputs of shapes {sorted(shapes)} in one list, expected one shape; "
+                "run without use_cfg_parallel"
+            )
+        return list(join(torch.stack(items)).unbind(0))
+
+    def inside(value: Any) -> Any:
+        is_list = isinstance(value, list) and len(value) == list_length
+        if is_list and all(isinstance(item, torch.Tensor) for item in value):
+            return join_list(value)
+        if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+            return type(value)(inside(item) for item in value)
+        return map_tensors(join, value)
+
+    return inside(output)
+
+
+def _twice(leaf: torch.Tensor) -> torch.Tensor:
+    """Both branches of a placeholder."""
+    return torch.cat([leaf, leaf])
 
 
 def _gather_batch(half: Any) -> Any:

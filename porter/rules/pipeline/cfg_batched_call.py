@@ -11,6 +11,8 @@ Manual:   1.1 step 2, made at the call: it also holds where the batch is doubled
 
 from __future__ import annotations
 
+import json
+
 from porter.analysis.pipeline_modes import doubled_calls
 from porter.parsed import ParsedModule
 from porter.rules.base import Edit, Rule
@@ -30,7 +32,8 @@ class CfgBatchedCall(Rule[PipelineContext]):
         if facts.cfg_style != "batched":
             return []
         axes = ", ".join(
-            f'"{path}": {axis}' for path, axis in sorted(facts.facts.cfg_axes.items())
+            f"{json.dumps(path)}: {json.dumps(axis)}"
+            for path, axis in sorted(facts.facts.cfg_axes.items())
         )
         loop = facts.source.denoising
         found = []

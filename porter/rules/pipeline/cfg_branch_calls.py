@@ -10,6 +10,7 @@ Manual:   1.1 step 2. The manual knows the batched form alone.
 
 from __future__ import annotations
 
+from porter.analysis.pipeline_modes import live_outputs
 from porter.parsed import ParsedModule
 from porter.rules.base import Edit, Rule
 from porter.rules.context import PipelineContext
@@ -32,7 +33,7 @@ class CfgBranchCalls(Rule[PipelineContext]):
         if len(guards) == 1:
             guard = guards[0]
         branches = ((first, 0, guard or "True"), (second, 1, "True"))
-        pair = f"{first.target}, {second.target}"
+        pair = ", ".join(live_outputs(module, loop))
         return [
             *(
                 self.replace(

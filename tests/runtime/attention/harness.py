@@ -71,7 +71,7 @@ class Problem:
                     name,
                     length,
                     row=self.row if name == "image" else 1,
-                    follows_latents=name == "image",
+                    split_by_patch=name == "image",
                 )
                 for name, length in self.segments
             ),
