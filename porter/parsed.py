@@ -176,6 +176,18 @@ class ParsedModule:
                 return above
         raise PorterError("an expression outside any statement", where=self.where(node))
 
+    def following(self, statement: Statement, root: cst.CSTNode) -> list[Statement]:
+        """The statements of `root` that run after a statement, or after those around it."""
+        found: list[Statement] = []
+        below: cst.CSTNode = statement
+        for above in self.ancestors(statement):
+            if isinstance(above, cst.IndentedBlock) and below in above.body:
+                found += above.body[list(above.body).index(below) + 1 :]
+            if above is root:
+                break
+            below = above
+        return found
+
     def class_def(self, name: str) -> cst.ClassDef:
         """The top-level class `name`.
 

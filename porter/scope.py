@@ -62,8 +62,8 @@ def carried(module: ParsedModule, statements: Sequence[cst.CSTNode]) -> set[str]
     return _Flow().exposed(body, set()) & _names(body, ast.Store)
 
 
-def read_early(module: ParsedModule, statements: Sequence[cst.CSTNode]) -> set[str]:
-    """Names that a loop body reads before it has surely written them."""
+def read_first(module: ParsedModule, statements: Sequence[cst.CSTNode]) -> set[str]:
+    """Names that statements read before they have surely written them."""
     body = [part for statement in statements for part in to_ast(module, statement)]
     return _Flow().exposed(body, set())
 

@@ -13,6 +13,24 @@ import libcst as cst
 
 from porter.errors import Refusal
 from porter.parsed import ParsedModule, Statement, walk
+from porter.scope import carried, read_first, reads, writes
+
+_FILLS = ("append", "extend", "insert", "pop")
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """One call of a block.
+
+    Attributes:
+        statement: the statement that makes the call and assigns its results.
+        results: the names that it assigns.
+        choice: the conditional expression whose first branch is a checkpoint, or None.
+    """
+
+    statement: cst.SimpleStatementLine
+    results: tuple[str, ...]
+    choice: cst.IfExp | None
 
 
 @dataclass(frozen=True)
@@ -23,24 +41,28 @@ class BlockLoop:
         blocks: attribute name of the block list.
         node: the `for` statement.
         block: name of the loop variable that holds the block.
-        call: the statement that calls the block and assigns its results.
-        arguments: source of each argument of the call, by keyword or position.
-        carried: names that the call assigns.
+        calls: the calls of the block, of which one iteration makes one.
+        arguments: names that the calls hand to the block.
+        results: names that the calls assign.
+        carried: these, and the names that an iteration hands on to the next.
+        filled: names of lists that the body puts values into or takes them from.
+        later: names that the body makes or fills, it does not carry and code after it reads.
         reads: names that the body reads, checkpoint branches left out.
         checkpoint: the `if` inside the loop whose first branch is a checkpoint, or None.
-        choice: the conditional expression whose first branch is a checkpoint, or None.
         around: the `if` around the loop whose first branch holds its twin, or None.
     """
 
     blocks: str
     node: cst.For
     block: str
-    call: cst.SimpleStatementLine
-    arguments: tuple[tuple[str | int, str], ...]
+    calls: tuple[BlockCall, ...]
+    arguments: frozenset[str]
+    results: tuple[str, ...]
     carried: tuple[str, ...]
+    filled: tuple[str, ...]
+    later: tuple[str, ...]
     reads: tuple[str, ...]
     checkpoint: cst.If | None
-    choice: cst.IfExp | None
     around: cst.If | None
 
 
@@ -68,7 +90,7 @@ def find_block_loops(
     """All block loops of `forward`, in the order of the text.
 
     Raises:
-        Refusal: a loop calls its block twice, or keeps its result in no plain names.
+        Refusal: an iteration calls its block twice, or keeps its result in no plain names.
     """
     loops = []
     for node in walk(forward):
@@ -107,36 +129,91 @@ def _read_loop(
     ]
     if not calls:
         return None
-    if len(calls) > 1:
+    if any(
+        not _exclusive(module, one, other)
+        for i, one in enumerate(calls)
+        for other in calls[:i]
+    ):
         raise Refusal(
-            f"{len(calls)} calls of a block in one loop",
-            expected="one",
+            f"{len(calls)} calls of a block in one iteration",
+            expected="one, or one in each arm of a test",
             where=module.where(calls[1]),
         )
-    statement = module.statement(calls[0])
-    choice = _choice_around(module, calls[0])
-    if choice is not None:
-        dead |= {*walk(choice.body), *walk(choice.test)}
-    carried = _targets(statement, choice or calls[0])
-    if carried is None:
-        raise Refusal(
-            "a block whose result is kept in no plain names",
-            expected="names = block(...)",
-            where=module.where(calls[0]),
-        )
-    assert isinstance(statement, cst.SimpleStatementLine)
+    found = tuple(_read_call(module, call) for call in calls)
+    for call in found:
+        if call.choice is not None:
+            dead |= {*walk(call.choice.body), *walk(call.choice.test)}
+    results = tuple(dict.fromkeys(name for call in found for name in call.results))
+    others = sorted(carried(module, node.body.body) - set(results))
+    filled = _filled(node, dead)
+    written = set(filled).union(*(writes(module, part) for part in node.body.body))
+    after = read_first(module, module.following(node, forward))
     return BlockLoop(
         blocks=blocks,
         node=node,
         block=block,
-        call=statement,
-        arguments=_arguments(module, calls[0]),
-        carried=carried,
+        calls=found,
+        arguments=frozenset().union(*(reads(module, call) for call in calls)),
+        results=results,
+        carried=(*results, *others),
+        filled=filled,
+        later=tuple(sorted((written & after) - {*results, *others})),
         reads=_reads(node, dead),
         checkpoint=checkpoint,
-        choice=choice,
         around=_checkpoint_around(module, forward, node),
     )
+
+
+def _read_call(module: ParsedModule, call: cst.Call) -> BlockCall:
+    """A call with what it assigns.
+
+    Raises:
+        Refusal: its results are kept in no plain names.
+    """
+    statement = module.statement(call)
+    choice = _choice_around(module, call)
+    results = _targets(statement, choice or call)
+    if results is None:
+        raise Refusal(
+            "a block whose result is kept in no plain names",
+            expected="names = block(...)",
+            where=module.where(call),
+        )
+    assert isinstance(statement, cst.SimpleStatementLine)
+    return BlockCall(statement, results, choice)
+
+
+def _exclusive(module: ParsedModule, one: cst.CSTNode, other: cst.CSTNode) -> bool:
+    """True when two calls stand in different arms of one `if`."""
+    arms = _arms(module, other)
+    return any(
+        arms.get(test, arm) is not arm for test, arm in _arms(module, one).items()
+    )
+
+
+def _arms(module: ParsedModule, node: cst.CSTNode) -> dict[cst.If, cst.CSTNode]:
+    """The arm of every `if` around a node in which it stands."""
+    arms: dict[cst.If, cst.CSTNode] = {}
+    below = node
+    for above in module.ancestors(node):
+        if isinstance(above, cst.If) and below is not above.test:
+            arms[above] = below
+        below = above
+    return arms
+
+
+def _filled(node: cst.For, dead: set[cst.CSTNode]) -> tuple[str, ...]:
+    """Names on whose value the body calls a method that changes a list."""
+    names = {
+        call.func.value.value
+        for call in walk(node.body)
+        if isinstance(call, cst.Call)
+        and call not in dead
+        and isinstance(call.func, cst.Attribute)
+        and isinstance(call.func.value, cst.Name)
+        and call.func.attr.value in _FILLS
+    }
+    return tuple(sorted(names))
 
 
 def _iterated(node: cst.For) -> tuple[str | None, str | None]:
@@ -204,18 +281,6 @@ def _targets(statement: Statement, value: cst.BaseExpression) -> tuple[str, ...]
     )
     names = [node.value for node in nodes if isinstance(node, cst.Name)]
     return tuple(names) if len(names) == len(nodes) else None
-
-
-def _arguments(
-    module: ParsedModule, call: cst.Call
-) -> tuple[tuple[str | int, str], ...]:
-    return tuple(
-        (
-            argument.keyword.value if argument.keyword else position,
-            module.source(argument.value),
-        )
-        for position, argument in enumerate(call.args)
-    )
 
 
 def _reads(node: cst.For, dead: set[cst.CSTNode]) -> tuple[str, ...]:

@@ -53,6 +53,11 @@ class LoopFacts:
             empty where patches cannot cut them.
         values: token axes of every variable read in the loop that counts sharded tokens,
             the carried streams first: one axis, or one for each item of a tuple.
+        whole: streams of keys that stay whole on every rank: their length did not change in
+            any run, so nothing tells their tokens in other values.
+        filled: lists of token tensors that the body fills, empty before the loop.
+        after: token axes of what the body makes and code after the loop reads.
+        counts: integers of the body that count the tokens of streams.
     """
 
     blocks: str
@@ -61,6 +66,10 @@ class LoopFacts:
     context: str | None
     rows: tuple[tuple[int, int], ...]
     values: Mapping[str, tuple[TokenAxis, ...]]
+    whole: tuple[str, ...] = ()
+    filled: tuple[str, ...] = ()
+    after: Mapping[str, tuple[TokenAxis, ...]] = dataclasses.field(default_factory=dict)
+    counts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,12 +82,14 @@ class TransformerFacts:
             `*` for indices, the streams of its keys in order.
         processors: qualified names of the processor classes of these modules.
         layers: qualified names of layer classes outside the blocks that mix tokens.
+        queries: the streams of the queries, by path, where they are not those of the keys.
     """
 
     loops: tuple[LoopFacts, ...]
     attention: Mapping[str, tuple[str, ...]]
     processors: tuple[str, ...]
     layers: tuple[str, ...]
+    queries: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,34 +126,39 @@ def facts_from_json(data: Mapping[str, Any]) -> PipelineFacts:
 
 def _transformer(data: Mapping[str, Any]) -> TransformerFacts:
     return TransformerFacts(
-        loops=tuple(
-            LoopFacts(
-                blocks=loop["blocks"],
-                lengths={
-                    name: (variable, dim)
-                    for name, (variable, dim) in loop["lengths"].items()
-                },
-                latents=loop["latents"],
-                context=loop["context"],
-                rows=tuple((dim, extent) for dim, extent in loop["rows"]),
-                values={
-                    name: tuple(
-                        TokenAxis(
-                            axis["dim"],
-                            tuple(axis["streams"]),
-                            axis["item"],
-                            axis["keys"],
-                            axis["ndim"],
-                            axis["optional"],
-                        )
-                        for axis in axes
-                    )
-                    for name, axes in loop["values"].items()
-                },
-            )
-            for loop in data["loops"]
-        ),
-        attention={path: tuple(names) for path, names in data["attention"].items()},
+        loops=tuple(_loop(loop) for loop in data["loops"]),
+        attention=_tuples(data["attention"]),
         processors=tuple(data["processors"]),
         layers=tuple(data["layers"]),
+        queries=_tuples(data.get("queries", {})),
     )
+
+
+def _loop(data: Mapping[str, Any]) -> LoopFacts:
+    return LoopFacts(
+        blocks=data["blocks"],
+        lengths={
+            name: (variable, dim) for name, (variable, dim) in data["lengths"].items()
+        },
+        latents=data["latents"],
+        context=data["context"],
+        rows=tuple((dim, extent) for dim, extent in data["rows"]),
+        values=_axes(data["values"]),
+        whole=tuple(data.get("whole", ())),
+        filled=tuple(data.get("filled", ())),
+        after=_axes(data.get("after", {})),
+        counts=_tuples(data.get("counts", {})),
+    )
+
+
+def _axes(data: Mapping[str, Any]) -> dict[str, tuple[TokenAxis, ...]]:
+    return {
+        name: tuple(
+            TokenAxis(**{**axis, "streams": tuple(axis["streams"])}) for axis in axes
+        )
+        for name, axes in data.items()
+    }
+
+
+def _tuples(data: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    return {name: tuple(items) for name, items in data.items()}

@@ -36,10 +36,7 @@ def merged(
             class_name, f"loops over {sorted(loops)} and over {sorted(others)}"
         )
     longer = first.loops if len(loops) >= len(others) else second.loops
-    attention: dict[str, tuple[str, ...]] = dict(first.attention)
-    for path, keys in second.attention.items():
-        if attention.setdefault(path, keys) != keys:
-            raise _clash(class_name, f"keys of {path} in two orders")
+    attention = _joined(first.attention, second.attention, "keys", class_name)
     return TransformerFacts(
         loops=tuple(
             (
@@ -52,11 +49,26 @@ def merged(
         attention=attention,
         processors=tuple(sorted({*first.processors, *second.processors})),
         layers=tuple(sorted({*first.layers, *second.layers})),
+        queries=_joined(first.queries, second.queries, "queries", class_name),
     )
 
 
+def _joined(
+    first: Mapping[str, tuple[str, ...]],
+    second: Mapping[str, tuple[str, ...]],
+    what: str,
+    class_name: str,
+) -> dict[str, tuple[str, ...]]:
+    """Streams by path or name from both."""
+    joined = dict(first)
+    for path, streams in second.items():
+        if joined.setdefault(path, streams) != streams:
+            raise _clash(class_name, f"{what} of {path} in two orders")
+    return joined
+
+
 def _loop(first: LoopFacts, second: LoopFacts, class_name: str) -> LoopFacts:
-    if first.lengths != second.lengths:
+    if (first.lengths, first.whole) != (second.lengths, second.whole):
         raise _clash(class_name, f"other streams in {first.blocks}")
     for name in ("latents", "context"):
         if len({getattr(first, name), getattr(second, name)} - {None}) > 1:
@@ -70,6 +82,9 @@ def _loop(first: LoopFacts, second: LoopFacts, class_name: str) -> LoopFacts:
             name: _axes(name, first.values, second.values, class_name)
             for name in dict.fromkeys((*first.values, *second.values))
         },
+        filled=tuple(sorted({*first.filled, *second.filled})),
+        after={**second.after, **first.after},
+        counts=_joined(first.counts, second.counts, "counts", class_name),
     )
 
 

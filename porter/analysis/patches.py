@@ -16,7 +16,7 @@ import libcst as cst
 
 from porter.analysis.denoising import DenoisingLoop
 from porter.parsed import ParsedModule, dotted, find
-from porter.scope import carried, names_in, one_line, read_early, reads, writes
+from porter.scope import carried, names_in, one_line, read_first, reads, writes
 
 _DRAWS = ("randn_tensor", "torch.randn", "torch.randn_like", "torch.rand")
 _DRAWS_OF_TENSORS = ("normal_", "uniform_", "multinomial")
@@ -71,7 +71,7 @@ def unfit_for_patches(module: ParsedModule, loop: DenoisingLoop) -> str:
         if not _keeps_its_value(module, loop, name):
             line = next(s for s in loop.body if name in reads(module, s))
             return f"{module.where(line)}: {name} is carried from step to step"
-    early = read_early(module, loop.body)
+    early = read_first(module, loop.body)
     written = {name for part in loop.body for name in writes(module, part)}
     for part in loop.body:
         for node in find(part, cst.Call):

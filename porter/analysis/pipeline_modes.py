@@ -8,7 +8,7 @@ import libcst as cst
 
 from porter.analysis.denoising import DenoisingLoop, TransformerCall
 from porter.parsed import ParsedModule, dotted, find
-from porter.scope import names_in, read_early, reads, writes
+from porter.scope import names_in, read_first, reads, writes
 
 
 def cfg_style(module: ParsedModule, loop: DenoisingLoop) -> tuple[str, str]:
@@ -58,7 +58,7 @@ def live_outputs(module: ParsedModule, loop: DenoisingLoop) -> tuple[str, ...]:
     for part in _statements_between(module, loop, first, second):
         if reads(module, part) & tainted:
             tainted |= writes(module, part)
-    following = read_early(
+    following = read_first(
         module, [*_after(module, loop, second.statement), *loop.body]
     )
     live = sorted(tainted & (following - {second.target}))

@@ -117,10 +117,19 @@ class AxisSolver:
                     "a stream whose length changes, to tell its tokens",
                 )
             return None
+        return self.counted(extents, lengths)
+
+    def counted(
+        self,
+        numbers: Sequence[int | None],
+        lengths: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> tuple[str, ...] | None:
+        """The streams whose lengths add up to `numbers` in every run, in joint order."""
+        lengths = self._lengths if lengths is None else lengths
         for count in range(1, len(self._order) + 1):
             for names in combinations(self._order, count):
                 parts = [lengths[stream] for stream in names]
-                if tuple(map(sum, zip(*parts, strict=True))) == extents:
+                if list(map(sum, zip(*parts, strict=True))) == list(numbers):
                     return names
         return None
 

@@ -1,11 +1,12 @@
-"""A copy of a model's `forward` that reports its local names before each block loop."""
+"""A copy of a model's `forward` that reports its local names at each block loop."""
 
 from __future__ import annotations
 
 import importlib
 import textwrap
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import libcst as cst
@@ -14,9 +15,30 @@ from torch import nn
 from porter.analysis.block_loops import BlockLoop
 from porter.parsed import ParsedModule
 from porter.rules.engine import excerpt
+from porter.scope import writes
 
 Report = Callable[[str, dict[str, Any]], None]
-_REPORT = "__report_locals__"
+Swap = Callable[[str, str, Any], Any]
+
+_BEFORE = "__report_before__"
+_INSIDE = "__report_inside__"
+_SWAP = "__swap_local__"
+
+
+@dataclass(frozen=True)
+class Probes:
+    """What an instrumented `forward` calls.
+
+    Attributes:
+        before: called with (blocks, locals) before each loop.
+        inside: called likewise at the end of each iteration; None for never.
+        swap: called before each loop with (blocks, name, value) of every name that the
+            loop reads or carries; what it returns takes the value's place.  None for never.
+    """
+
+    before: Report
+    inside: Report | None = None
+    swap: Swap | None = None
 
 
 def instrumented_forward(
@@ -24,18 +46,38 @@ def instrumented_forward(
     forward: cst.FunctionDef,
     loops: tuple[BlockLoop, ...],
     model: nn.Module,
-    report: Report,
+    probes: Probes,
 ) -> Callable[..., Any]:
-    """`model`'s forward, which calls `report(blocks, locals())` before each loop."""
+    """`model`'s forward, which calls `probes` at each loop."""
     start, end = excerpt(module, forward)
     text = module.text[start:end]
+    added = [part for loop in loops for part in _lines(module, forward, loop, probes)]
     # From the end to the start, so that earlier offsets stay right.
-    for loop in sorted(loops, key=lambda item: -module.line(item.node)):
-        at = module.line_start(module.line(loop.node))
-        indentation = module.indentation(loop.node)
-        call = f"{indentation}{_REPORT}({loop.blocks!r}, locals())\n"
-        text = text[: at - start] + call + text[at - start :]
+    for at, line in sorted(added, key=lambda item: -item[0]):
+        text = text[: at - start] + line + text[at - start :]
     namespace = dict(vars(importlib.import_module(module.name)))
-    namespace[_REPORT] = report
+    namespace |= {_BEFORE: probes.before, _INSIDE: probes.inside, _SWAP: probes.swap}
     exec(compile(textwrap.dedent(text), module.file, "exec"), namespace)
     return types.MethodType(namespace[forward.name.value], model)
+
+
+def _lines(
+    module: ParsedModule, forward: cst.FunctionDef, loop: BlockLoop, probes: Probes
+) -> Iterator[tuple[int, str]]:
+    """(offset, line) of what stands before one loop and at the end of its body."""
+    indentation = module.indentation(loop.node)
+    before = f"{indentation}{_BEFORE}({loop.blocks!r}, locals())\n"
+    if probes.swap is not None:
+        bound = {parameter.name.value for parameter in forward.params.params}
+        bound.update(*(writes(module, part) for part in forward.body.body))
+        for name in sorted({*loop.reads, *loop.carried} & bound):
+            before += (
+                f"{indentation}if {name!r} in locals(): "
+                f"{name} = {_SWAP}({loop.blocks!r}, {name!r}, {name})\n"
+            )
+    yield module.line_start(module.line(loop.node)), before
+    if probes.inside is not None:
+        last = loop.node.body.body[-1]
+        indentation = module.indentation(last)
+        line = f"\n{indentation}{_INSIDE}({loop.blocks!r}, locals())"
+        yield module.line_end(module.last_line(last)), line

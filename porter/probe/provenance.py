@@ -1,18 +1,17 @@
-"""Which token of which block argument each key of an attention call comes from.
+"""Which token of which variable each key of an attention call comes from.
 
-The block runs on leaves that require gradients, and every attention call returns a value
-without gradient, so a row of its value argument depends on its own token alone: the row
-of the block's argument with a gradient is where it comes from.  Keys lie in the same
-order; they are not asked because position embeddings reach them as well.
+The model runs up to the end of the first block of a loop.  Before the loop every tensor
+that the loop reads becomes a leaf that requires gradients, and every attention call in the
+block returns a value without gradient, so a row of its value argument depends on its own
+token alone: the row of the variable with a gradient is where it comes from.  Keys lie in the
+same order as values; they are not asked because position embeddings reach them as well.
 
-Shapes: value (B, H, Sk, D).
+Shapes: query (B, H, Sq, D), value (B, H, Sk, D).
 """
 
 from __future__ import annotations
 
-import inspect
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,64 +19,84 @@ from torch import nn
 
 from porter.verify.hooks import AttentionCall, replaced_attention
 
+Leaf = tuple[str, str]
+"""A tensor of a variable: the variable's name, and the path inside a list or dict."""
+Origin = tuple[Leaf, int]
+"""A row of a leaf."""
+Rows = tuple[Origin, ...] | None
+"""Origins of all rows of a value; None where they are unclear."""
+Swap = Callable[[str, Any], Any]
+
 
 class KeyOrigins:
-    """Runs one block and tells the origin of every attention module's keys.
+    """Runs one block and tells the origin of every attention's queries and keys.
 
     Args:
-        block: the block to run.
-        args, kwargs: its arguments, as the model passed them.
-        axes: token dimension of each parameter of the block that may hold tokens.
-        carried: the parameters that the loop carries.  A value row may depend on a
-            per-token modulation too; the carried stream is then its origin.
+        block: the block to watch.
+        axes: the token dimension of each leaf whose length changes between runs.
+        carried: the variables that the loop carries.  A row may depend on a per-token
+            modulation too; the carried stream is then its origin.
     """
 
     def __init__(
-        self,
-        block: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        axes: Mapping[str, int],
-        carried: set[str],
+        self, block: nn.Module, axes: Mapping[Leaf, int], carried: set[str]
     ) -> None:
         self._block = block
-        bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs)
-        self._arguments = dict(list(bound.arguments.items())[1:])
-        self._axes = {
-            name: dim
-            for name, dim in axes.items()
-            if self._arguments[name].is_floating_point()
-        }
+        self._axes = axes
         self._carried = carried
-        self._leaves: dict[str, torch.Tensor] = {}
+        self._leaves: dict[Leaf, torch.Tensor] = {}
         self._stack: list[str] = []
+        self._inside = False
         self.modules: dict[str, nn.Module] = {}
-        self.keys: dict[str, tuple[tuple[str, int], ...] | None] = {}
+        self.keys: dict[str, Rows] = {}
+        self.queries: dict[str, Rows] = {}
+        self.dims: dict[Leaf, int] = dict(axes)
 
-    def run(self) -> KeyOrigins:
-        """Fill `keys`: by module path, (parameter, row) of each key row, None if unclear."""
-        handles = []
+    def run(self, model: Callable[[Swap], Any]) -> KeyOrigins:
+        """Fill `keys` and `queries`, by module path.
+
+        Args:
+            model: runs the model; what it is given takes the place of values that the
+                loop reads, (name, value) -> value.
+        """
+        handles = [
+            self._block.register_forward_pre_hook(self._begin),
+            self._block.register_forward_hook(self._end),
+        ]
         for path, module in self._block.named_modules():
             if path:
                 handles.append(module.register_forward_pre_hook(self._enter(path)))
                 handles.append(module.register_forward_hook(self._leave))
-        self._leaves = {
-            name: self._arguments[name].detach().clone().requires_grad_()
-            for name in self._axes
-        }
-        bound = self._arguments | self._leaves
         try:
-            with torch.enable_grad(), replaced_attention(self._attend):
-                self._call(bound)
+            with torch.no_grad(), replaced_attention(self._attend):
+                model(self._swap)
+        except _BlockDone:
+            pass
         finally:
             for handle in handles:
                 handle.remove()
         return self
 
-    def _call(self, arguments: dict[str, Any]) -> None:
-        signature = inspect.signature(self._block.forward)
-        bound = inspect.BoundArguments(signature, OrderedDict(arguments))
-        self._block(*bound.args, **bound.kwargs)
+    def _swap(self, name: str, value: Any, path: str = "") -> Any:
+        torch.set_grad_enabled(True)
+        if isinstance(value, torch.Tensor):
+            if not value.is_floating_point() or value.ndim < 2:
+                return value
+            leaf = value.detach().clone().requires_grad_()
+            self._leaves[name, path] = leaf
+            return leaf.clone()
+        if type(value) in (list, tuple):
+            items = [self._swap(name, x, _join(path, i)) for i, x in enumerate(value)]
+            return type(value)(items)
+        if type(value) is dict:
+            return {k: self._swap(name, v, _join(path, k)) for k, v in value.items()}
+        return value
+
+    def _begin(self, *_: Any) -> None:
+        self._inside = True
+
+    def _end(self, *_: Any) -> None:
+        raise _BlockDone
 
     def _enter(self, path: str) -> Any:
         def hook(module: nn.Module, _: Any) -> None:
@@ -90,52 +109,115 @@ class KeyOrigins:
         self._stack.pop()
 
     def _attend(self, call: AttentionCall) -> torch.Tensor:
+        if not self._inside:
+            return call.run()
         path = self._stack[-1] if self._stack else ""
-        origins = self._origins(call.value)
-        if path in self.keys and self.keys[path] != origins:
-            origins = None
-        self.keys[path] = origins
+        keys = self._origins(call.value)
+        queries = keys if self._alike(call, keys) else self._origins(call.query)
+        if path in self.keys and (self.keys[path], self.queries[path]) != (
+            keys,
+            queries,
+        ):
+            keys = queries = None
+        self.keys[path], self.queries[path] = keys, queries
         return call.run().detach()
 
-    def _origins(self, value: torch.Tensor) -> tuple[tuple[str, int], ...] | None:
-        found = []
-        for row in range(value.shape[-2]):
-            if not value.requires_grad:
-                return ()
-            gradients = torch.autograd.grad(
-                value[..., row, :].double().square().sum(),
-                list(self._leaves.values()),
-                retain_graph=True,
-                allow_unused=True,
-            )
-            rows = [
-                (name, index)
-                for name, gradient in zip(self._leaves, gradients, strict=True)
-                if gradient is not None
-                for index in _touched(gradient, self._axes[name])
+    def _alike(self, call: AttentionCall, keys: Rows) -> bool:
+        """True where as many queries as keys begin and end with the same tokens."""
+        if not keys or call.query.shape[-2] != len(keys):
+            return False
+        ends = (0, len(keys) - 1)
+        return self._origins(call.query, ends) == tuple(keys[row] for row in ends)
+
+    def _origins(
+        self, value: torch.Tensor, chosen: Sequence[int] | None = None
+    ) -> Rows:
+        if not value.requires_grad:
+            return ()
+        every = range(value.shape[-2]) if chosen is None else chosen
+        rows = [list(self._touched(value, row)) for row in every]
+        if not any(rows):
+            return ()
+        found: list[Origin | None] = []
+        for touched in rows:
+            origins = [
+                (leaf, index)
+                for leaf, gradient in touched
+                if leaf in self._axes
+                for index in _indices(gradient, self._axes[leaf])
             ]
-            rows = [item for item in rows if item[0] in self._carried] or rows
-            if len(rows) != 1:
+            origins = [o for o in origins if o[0][0] in self._carried] or origins
+            if len(origins) > 1:
                 return None
-            found.append(rows[0])
-        return tuple(found)
+            found.append(origins[0] if origins else None)
+        others = [
+            row for row, origin in zip(rows, found, strict=True) if origin is None
+        ]
+        fixed = iter(self._fixed_origins(others))
+        complete = [origin or next(fixed, None) for origin in found]
+        known = [origin for origin in complete if origin is not None]
+        return tuple(known) if len(known) == len(complete) else None
+
+    def _touched(
+        self, value: torch.Tensor, row: int
+    ) -> Iterator[tuple[Leaf, torch.Tensor]]:
+        """The leaves that a row of `value` depends on, with their gradients' sizes."""
+        gradients = torch.autograd.grad(
+            value[..., row, :].double().square().sum(),
+            list(self._leaves.values()),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for leaf, gradient in zip(self._leaves, gradients, strict=True):
+            if gradient is not None and gradient.any():
+                yield leaf, gradient.abs()
+
+    def _fixed_origins(
+        self, rows: list[list[tuple[Leaf, torch.Tensor]]]
+    ) -> list[Origin]:
+        """Origins of rows in a leaf whose length never changes.
+
+        Its token dimension is the one along which the rows depend on one index each, 0, 1,
+        ... in order; [] unless exactly one dimension of one leaf is like that.
+        """
+        order = [[index] for index in range(len(rows))]
+        found = [
+            (leaf, dim)
+            for leaf, gradient in (rows[0] if len(rows) > 1 else ())
+            for dim in range(gradient.ndim)
+            if [_indices(g, dim) for row in rows for other, g in row if other == leaf]
+            == order
+        ]
+        if len(found) != 1:
+            return []
+        leaf, dim = found[0]
+        self.dims[leaf] = dim
+        return [(leaf, index) for index in range(len(rows))]
 
 
-def _touched(gradient: torch.Tensor, dim: int) -> list[int]:
+class _BlockDone(Exception):
+    """Ends the run once the block has been watched."""
+
+
+def _indices(gradient: torch.Tensor, dim: int) -> list[int]:
     """Rows along `dim` with any gradient."""
     others = [d for d in range(gradient.ndim) if d != dim]
     rows: list[int] = gradient.abs().sum(dim=others).nonzero().flatten().tolist()
     return rows
 
 
-def runs_of(origins: tuple[tuple[str, int], ...]) -> tuple[tuple[str, int], ...] | None:
-    """Origins as whole streams in order, (name, length); None if they are mixed up."""
-    runs: list[tuple[str, int]] = []
-    for name, row in origins:
-        if runs and runs[-1][0] == name and row == runs[-1][1]:
-            runs[-1] = (name, row + 1)
-        elif row == 0 and name not in [run[0] for run in runs]:
-            runs.append((name, 1))
+def _join(path: str, key: Any) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def runs_of(origins: tuple[Origin, ...]) -> tuple[tuple[Leaf, int], ...] | None:
+    """Origins as whole leaves in order, (leaf, length); None if they are mixed up."""
+    runs: list[tuple[Leaf, int]] = []
+    for leaf, row in origins:
+        if runs and runs[-1][0] == leaf and row == runs[-1][1]:
+            runs[-1] = (leaf, row + 1)
+        elif row == 0 and leaf not in [run[0] for run in runs]:
+            runs.append((leaf, 1))
         else:
             return None
     return tuple(runs)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
-import torch
+import libcst as cst
 from torch import nn
 
 from porter.analysis.block_loops import BlockLoop, find_block_loops, find_method
@@ -17,25 +16,15 @@ from porter.errors import Refusal
 from porter.parsed import ParsedModule
 from porter.probe.axes import AxisSolver
 from porter.probe.capture import TransformerCall
-from porter.probe.instrument import instrumented_forward
 from porter.probe.latents import LatentProbe
-from porter.probe.leaves import leaf_shapes
-from porter.probe.provenance import KeyOrigins, runs_of
+from porter.probe.loop_runs import LoopRun, run_loops, run_swapped
+from porter.probe.provenance import KeyOrigins, Leaf, Rows, runs_of
 
 Variant = tuple[int, int]
+Trace = Callable[[Mapping[Leaf, int], set[str]], KeyOrigins]
+"""The origins of a loop's keys, from token dimensions and carried names."""
 BATCHED: tuple[Variant, ...] = ((0, 0), (1, 0), (0, 1))
 """(image size, text) of the calls with two samples, as indices."""
-
-
-@dataclass
-class _LoopRun:
-    """What one run saw at one loop."""
-
-    shapes: dict[str, dict[str, tuple[int, ...]]] = field(default_factory=dict)
-    integers: dict[str, int] = field(default_factory=dict)
-    block: nn.Module | None = None
-    args: tuple[Any, ...] = ()
-    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 def probe_transformer(
@@ -62,10 +51,11 @@ def probe_transformer(
     owner = source.class_def(type(model).__name__)
     forward = find_method(source, owner, "forward")
     loops = find_block_loops(source, forward)
-    runs = [_run(model, source, forward, loops, call) for call in calls]
-    batched_runs = [_run(model, source, forward, loops, call) for call in batched]
+    runs = [run_loops(model, source, forward, loops, call) for call in calls]
+    batched_runs = [run_loops(model, source, forward, loops, call) for call in batched]
     facts: list[LoopFacts] = []
     attention: dict[str, tuple[str, ...]] = {}
+    queries: dict[str, tuple[str, ...]] = {}
     processors: dict[str, None] = {}
     tokens = LatentProbe(model, source, forward, loops, calls[0])
     for loop in loops:
@@ -73,10 +63,14 @@ def probe_transformer(
         if len(seen) != len(calls):
             continue
         padded = [run[loop.blocks] for run in batched_runs if loop.blocks in run]
-        measured = _LoopProbe(source, loop, seen, variants, tokens, padded).measure()
+        trace = functools.partial(_traced, model, source, forward, loop, calls[0])
+        measured = _LoopProbe(
+            source, loop, seen, variants, tokens, padded, trace
+        ).measure()
         if measured is not None:
             facts.append(measured.facts)
             attention.update(measured.attention)
+            queries.update(measured.queries)
             processors.update(dict.fromkeys(measured.processors))
     if not facts:
         raise Refusal(
@@ -86,59 +80,33 @@ def probe_transformer(
         )
     lists = {loop.blocks for loop in loops}
     return TransformerFacts(
-        tuple(facts), attention, tuple(sorted(processors)), _layers(model, lists)
+        tuple(facts),
+        attention,
+        tuple(sorted(processors)),
+        _layers(model, lists),
+        queries,
     )
 
 
-def _run(
+def _traced(
     model: nn.Module,
     source: ParsedModule,
-    forward: Any,
-    loops: tuple[BlockLoop, ...],
+    forward: cst.FunctionDef,
+    loop: BlockLoop,
     call: TransformerCall,
-) -> dict[str, _LoopRun]:
-    """One instrumented forward; what each loop saw, by block list."""
-    seen: dict[str, _LoopRun] = {}
-    reads = {loop.blocks: set(loop.reads) | set(loop.carried) for loop in loops}
-
-    def report(blocks: str, names: dict[str, Any]) -> None:
-        run = seen.setdefault(blocks, _LoopRun())
-        for name in reads[blocks] & set(names):
-            run.shapes[name] = leaf_shapes(names[name])
-            if type(names[name]) is int:
-                run.integers[name] = names[name]
-
-    def first_block(blocks: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            run = seen.setdefault(blocks, _LoopRun())
-            if run.block is None:
-                run.block, run.args, run.kwargs = module, args, dict(kwargs)
-
-        return hook
-
-    handles = [
-        blocks_of[0].register_forward_pre_hook(first_block(name), with_kwargs=True)
-        for name in reads
-        if (blocks_of := getattr(model, name, None))
-    ]
-    function = instrumented_forward(source, forward, loops, model, report)
-    arguments = {
-        name: dict(value) if isinstance(value, dict) else value
-        for name, value in call.arguments.items()
-    }
-    try:
-        with torch.no_grad():
-            function(**arguments)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+    axes: Mapping[Leaf, int],
+    carried: set[str],
+) -> KeyOrigins:
+    """The origins of the keys of a loop's first block in one call of the model."""
+    replay = functools.partial(run_swapped, model, source, forward, loop, call)
+    return KeyOrigins(getattr(model, loop.blocks)[0], axes, carried).run(replay)
 
 
 @dataclass(frozen=True)
 class _Measured:
     facts: LoopFacts
     attention: dict[str, tuple[str, ...]]
+    queries: dict[str, tuple[str, ...]]
     processors: tuple[str, ...]
 
 
@@ -149,10 +117,11 @@ class _LoopProbe:
         self,
         source: ParsedModule,
         loop: BlockLoop,
-        runs: Sequence[_LoopRun],
+        runs: Sequence[LoopRun],
         variants: Sequence[Variant],
         tokens: LatentProbe,
-        padded: Sequence[_LoopRun],
+        padded: Sequence[LoopRun],
+        trace: Trace,
     ) -> None:
         self._source = source
         self._loop = loop
@@ -161,71 +130,85 @@ class _LoopProbe:
         self._texts = [text for _, text in variants]
         self._tokens = tokens
         self._padded = padded
+        self._trace = trace
         self._where = source.where(loop.node)
 
     def measure(self) -> _Measured | None:
         """The loop's facts; None for a loop that carries no image tokens."""
-        axes = {
-            name: axis
-            for name in self._variables()
-            if (axis := self._varying(name, "")) is not None
-        }
+        axes = {leaf: axis for leaf, axis in self._varying() if axis is not None}
         image = [
-            n for n in self._loop.carried if n in axes and self._with_image(n, axes)
+            name
+            for name in self._loop.results
+            if (name, "") in axes and self._with_image(name, axes)
         ]
         if not image:
             return None
-        axes |= self._fixed_streams(axes, axes[image[0]])
-        origins = self._key_origins(axes)
-        streams = dict.fromkeys(name for name in self._loop.carried if name in axes)
-        for keys in origins.values():
-            if any(name in streams for name in keys):
-                streams.update(dict.fromkeys(keys))
-        lengths = {name: self._lengths(name, axes[name]) for name in streams}
-        order = self._joint_order(origins, streams)
-        solver = AxisSolver(
-            [run.shapes for run in self._runs], self._texts, lengths, order, self._where
-        )
+        axes |= self._fixed_streams(axes, axes[image[0], ""])
+        carried = {name for name in self._loop.carried if (name, "") in axes}
+        origins = self._trace(axes, carried)
+        keys = self._streams_by_path(origins.keys, "keys")
+        streams = dict.fromkeys(n for n in self._loop.results if (n, "") in axes)
+        for names in keys.values():
+            if any(name in streams for name in names):
+                streams.update(dict.fromkeys(names))
+        leaves = {name: self._leaf(name, origins.dims) for name in streams}
+        whole = tuple(name for name in streams if leaves[name] not in axes)
+        lengths = {
+            name: self._lengths(leaf, origins.dims[leaf])
+            for name, leaf in leaves.items()
+            if name not in whole
+        }
+        order = self._joint_order(keys, streams)
+        solver = self._solver(lengths, order, "shapes")
         values = {
             name: found
             for name in dict.fromkeys((*self._loop.carried, *self._loop.reads))
-            if (found := solver.axes_of(name))
+            if name not in whole and (found := solver.axes_of(name))
         }
-        values |= self._padded_values({name: axes[name] for name in streams}, order)
-        self._check_integers()
+        values |= self._padded_values(
+            {n: (leaves[n], origins.dims[leaves[n]]) for n in lengths},
+            tuple(n for n in order if n in lengths),
+        )
+        counts = self._counts(solver)
         latents, context = self._latents(image, lengths, axes)
         rows = self._rows(latents, axes)
-        sharded = {
-            path: keys for path, keys in origins.items() if set(keys) & set(streams)
-        }
+        sharded = {path: n for path, n in keys.items() if set(n) & set(streams)}
         return _Measured(
             LoopFacts(
                 blocks=self._loop.blocks,
-                lengths={name: (name, axes[name]) for name in streams},
+                lengths={
+                    name: (_expression(leaf), origins.dims[leaf])
+                    for name, leaf in leaves.items()
+                },
                 latents=latents,
                 context=context,
                 rows=rows,
                 values=values,
+                whole=whole,
+                filled=tuple(self._filled(values)),
+                after=self._after(values, self._solver(lengths, order, "inside")),
+                counts=counts,
             ),
-            {f"{self._loop.blocks}.*.{path}": keys for path, keys in sharded.items()},
-            self._processors(sharded),
+            {f"{self._loop.blocks}.*.{path}": n for path, n in sharded.items()},
+            self._queries(sharded, origins),
+            self._processors(sharded, origins),
         )
 
     def _padded_values(
-        self, streams: Mapping[str, int], order: tuple[str, ...]
+        self, streams: Mapping[str, tuple[Leaf, int]], order: tuple[str, ...]
     ) -> dict[str, tuple[TokenAxis, ...]]:
         """Axes of the values that only calls with texts of different lengths have.
 
         Args:
-            streams: the token dimension of each stream.
+            streams: the tensor and the token dimension of each stream.
             order: the streams in the order of joint sequences.
         """
         if not self._padded:
             return {}
         shapes = [run.shapes for run in self._padded]
         lengths = {
-            name: tuple(run[name][""][dim] for run in shapes)
-            for name, dim in streams.items()
+            name: tuple(run[variable][path][dim] for run in shapes)
+            for name, ((variable, path), dim) in streams.items()
         }
         texts = [text for _, text in BATCHED]
         solver = AxisSolver(shapes, texts, lengths, order, self._where)
@@ -237,17 +220,25 @@ class _LoopProbe:
             if name not in known and (found := solver.axes_of(name))
         }
 
-    def _fixed_streams(self, axes: Mapping[str, int], dim: int) -> dict[str, int]:
+    def _solver(
+        self, lengths: Mapping[str, tuple[int, ...]], order: tuple[str, ...], when: str
+    ) -> AxisSolver:
+        """Solves axes of what the runs saw before the loop or inside."""
+        shapes = [getattr(run, when) for run in self._runs]
+        order = tuple(name for name in order if name in lengths)
+        return AxisSolver(shapes, self._texts, lengths, order, self._where)
+
+    def _fixed_streams(self, axes: Mapping[Leaf, int], dim: int) -> dict[Leaf, int]:
         """Carried streams of a length that never changes: they lie like the image stream.
 
         The origins of the keys confirm it: each row must be one key, in order.
         """
         shapes = self._runs[0].shapes
         return {
-            name: dim
-            for name in self._loop.carried
+            (name, ""): dim
+            for name in self._loop.results
             if name in self._variables()
-            and name not in axes
+            and (name, "") not in axes
             and len(shapes[name].get("", ())) > dim
         }
 
@@ -256,23 +247,30 @@ class _LoopProbe:
         names = dict.fromkeys((*self._loop.carried, *self._loop.reads))
         return [n for n in names if all(run.shapes.get(n) for run in self._runs)]
 
-    def _varying(self, name: str, path: str) -> int | None:
-        """The first dimension of a bare tensor that changes between the runs."""
-        shapes = [run.shapes[name].get(path) for run in self._runs]
-        first = shapes[0]
-        if first is None or any(s is None or len(s) != len(first) for s in shapes):
-            return None
-        for dim in range(len(first)):
-            if len({shape[dim] for shape in shapes if shape is not None}) > 1:
-                return dim
-        return None
+    def _varying(self) -> Iterator[tuple[Leaf, int | None]]:
+        """The first dimension of each tensor that changes between the runs."""
+        for name in self._variables():
+            for path in self._runs[0].shapes[name]:
+                shapes = [run.shapes[name].get(path) for run in self._runs]
+                known = [shape for shape in shapes if shape is not None]
+                if len(known) == len(shapes) and len(set(map(len, known))) == 1:
+                    changes = (
+                        len(set(extents)) > 1 for extents in zip(*known, strict=True)
+                    )
+                    yield (name, path), next(
+                        (d for d, c in enumerate(changes) if c), None
+                    )
 
-    def _lengths(self, name: str, dim: int) -> tuple[int, ...]:
-        return tuple(run.shapes[name][""][dim] for run in self._runs)
+    def _leaf(self, name: str, dims: Mapping[Leaf, int]) -> Leaf:
+        """The tensor of a variable that holds its tokens: itself, or its first item."""
+        return next(leaf for leaf in dims if leaf[0] == name)
 
-    def _with_image(self, name: str, axes: Mapping[str, int]) -> bool:
+    def _lengths(self, leaf: Leaf, dim: int) -> tuple[int, ...]:
+        return tuple(run.shapes[leaf[0]][leaf[1]][dim] for run in self._runs)
+
+    def _with_image(self, name: str, axes: Mapping[Leaf, int]) -> bool:
         """True when the tokens change between the first two runs: another image size."""
-        lengths = self._lengths(name, axes[name])
+        lengths = self._lengths((name, ""), axes[name, ""])
         return lengths[0] != lengths[1]
 
     def _with_text(self, lengths: Sequence[int]) -> bool:
@@ -288,7 +286,7 @@ class _LoopProbe:
         self,
         image: Sequence[str],
         lengths: Mapping[str, tuple[int, ...]],
-        axes: Mapping[str, int],
+        axes: Mapping[Leaf, int],
     ) -> tuple[str | None, str | None]:
         """The one stream that holds the latents' tokens, and where others stand in it."""
         alone = [name for name in image if not self._with_text(lengths[name])]
@@ -296,7 +294,7 @@ class _LoopProbe:
         if len(streams) != 1:
             return None, None
         (name,) = streams
-        place = self._tokens.place(self._loop.blocks, name, axes[name])
+        place = self._tokens.place(self._loop.blocks, name, axes[name, ""])
         if place is None or place.length != lengths[name][0]:
             return None, None
         if place.stop - place.start == place.length:
@@ -306,55 +304,63 @@ class _LoopProbe:
         return name, "before" if place.start > 0 else "after"
 
     def _rows(
-        self, latents: str | None, axes: Mapping[str, int]
+        self, latents: str | None, axes: Mapping[Leaf, int]
     ) -> tuple[tuple[int, int], ...]:
         """The latents' dimensions that count tokens, in the order of the stream."""
         if latents is None:
             return ()
-        return self._tokens.rows(self._loop.blocks, latents, axes[latents])
+        return self._tokens.rows(self._loop.blocks, latents, axes[latents, ""])
 
-    def _parameters(self) -> dict[str, str]:
-        """Variable of each parameter of the block that is a plain name."""
-        block = self._runs[0].block
-        assert block is not None
-        names = list(inspect.signature(type(block).forward).parameters)[1:]
-        return {
-            (names[key] if isinstance(key, int) else key): text
-            for key, text in self._loop.arguments
-            if text.isidentifier() and (not isinstance(key, int) or key < len(names))
-        }
-
-    def _key_origins(self, axes: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    def _streams_by_path(
+        self, rows_by_path: Mapping[str, Rows], what: str
+    ) -> dict[str, tuple[str, ...]]:
         """Streams of the keys of each attention module of the block, in order."""
-        run = self._runs[0]
-        assert run.block is not None
-        variables = {
-            parameter: name
-            for parameter, name in self._parameters().items()
-            if name in axes
-        }
-        carried = {p for p, name in variables.items() if name in self._loop.carried}
-        self._origins = KeyOrigins(
-            run.block,
-            run.args,
-            run.kwargs,
-            {parameter: axes[name] for parameter, name in variables.items()},
-            carried,
-        ).run()
         found: dict[str, tuple[str, ...]] = {}
-        for path, rows in self._origins.keys.items():
+        for path, rows in rows_by_path.items():
             runs = runs_of(rows) if rows is not None else None
             if runs is None:
                 raise Refusal(
-                    f"keys of attention {self._loop.blocks}.*.{path} that are no whole "
+                    f"{what} of attention {self._loop.blocks}.*.{path} that are no whole "
                     "streams in order",
                     expected="concatenated token streams",
                     where=self._where,
                 )
-            found[re.sub(r"\.\d+\.", ".*.", path)] = tuple(
-                variables[parameter] for parameter, _ in runs
-            )
+            found[_starred(path)] = tuple(name for (name, _), _ in runs)
         return found
+
+    def _queries(
+        self, sharded: Mapping[str, tuple[str, ...]], origins: KeyOrigins
+    ) -> dict[str, tuple[str, ...]]:
+        """Streams of the queries where they are not those of the keys."""
+        shown = {path for path in origins.queries if _starred(path) in sharded}
+        rows = {
+            path: origins.queries[path]
+            for path in shown
+            if (keys := origins.keys[path]) is None
+            or len(origins.queries[path] or keys) != len(keys)
+        }
+        return {
+            f"{self._loop.blocks}.*.{path}": names
+            for path, names in self._streams_by_path(rows, "queries").items()
+        }
+
+    def _filled(self, values: Mapping[str, tuple[TokenAxis, ...]]) -> Iterator[str]:
+        """Lists without tensors before the loop that hold some inside."""
+        for name in dict.fromkeys((*self._loop.carried, *self._loop.filled)):
+            seen = any(run.inside.get(name) for run in self._runs)
+            if seen and name not in values and not self._runs[0].shapes.get(name):
+                yield name
+
+    def _after(
+        self, values: Mapping[str, tuple[TokenAxis, ...]], solver: AxisSolver
+    ) -> dict[str, tuple[TokenAxis, ...]]:
+        """Token axes of what the body makes and code after the loop reads."""
+        grown = {name for name in self._filled(values) if name in self._loop.carried}
+        return {
+            name: axes
+            for name in sorted({*self._loop.later, *grown} - set(values))
+            if (axes := solver.axes_of(name))
+        }
 
     def _joint_order(
         self, origins: Mapping[str, tuple[str, ...]], streams: Mapping[str, None]
@@ -370,20 +376,30 @@ class _LoopProbe:
         joint = next(iter(orders), ())
         return joint + tuple(name for name in streams if name not in joint)
 
-    def _check_integers(self) -> None:
-        for name, value in self._runs[0].integers.items():
-            if any(run.integers.get(name) != value for run in self._runs):
+    def _counts(self, solver: AxisSolver) -> dict[str, tuple[str, ...]]:
+        """Integers of the loop's body that count the tokens of streams."""
+        found = {}
+        for name in self._runs[0].integers:
+            numbers = [run.integers.get(name) for run in self._runs]
+            if len(set(numbers)) == 1:
+                continue
+            streams = solver.counted(numbers)
+            if streams is None or name in self._loop.arguments:
                 raise Refusal(
                     f"integer {name} that changes with the image or the text reaches the "
                     "blocks",
                     expected="no global sizes in a block",
                     where=self._where,
                 )
+            found[name] = streams
+        return found
 
-    def _processors(self, sharded: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    def _processors(
+        self, sharded: Mapping[str, tuple[str, ...]], origins: KeyOrigins
+    ) -> tuple[str, ...]:
         names = []
-        for path, module in self._origins.modules.items():
-            if re.sub(r"\.\d+\.", ".*.", path) in sharded:
+        for path, module in origins.modules.items():
+            if _starred(path) in sharded:
                 processor = getattr(module, "processor", None)
                 if processor is None:
                     raise Refusal(
@@ -393,6 +409,19 @@ class _LoopProbe:
                     )
                 names.append(qualified_name(type(processor)))
         return tuple(sorted(set(names)))
+
+
+def _starred(path: str) -> str:
+    """A module's path with `*` for indices."""
+    return re.sub(r"\.\d+\.", ".*.", path)
+
+
+def _expression(leaf: Leaf) -> str:
+    """How code before the loop names a tensor of a variable."""
+    name, path = leaf
+    return name + "".join(
+        f"[{key}]" if key.isdigit() else f"[{key!r}]" for key in path.split(".") if key
+    )
 
 
 def _layers(model: nn.Module, block_lists: set[str]) -> tuple[str, ...]:

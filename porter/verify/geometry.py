@@ -12,7 +12,6 @@ import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -35,22 +34,17 @@ class LatentRows:
         height: indices of that axis in one token row.
         count: number of token rows.
         tokens: tokens of one token row.
-        text_tokens: tokens in the blocks that follow no latents.
     """
 
     axis: int
     height: int
     count: int
     tokens: int
-    text_tokens: int
 
     def borders(self, num_patches: int) -> tuple[tuple[int, int], ...]:
         """The latents' region of each patch, `(start, stop)` on `axis`.
 
-        The patches share all tokens, text included, as evenly as whole token rows allow.
-        The text is part of patch 0, so patch 0 has fewer rows, but at least one: each patch
-        in turn takes the number of rows nearest to an equal share of what is left, half a
-        row upwards, and leaves a row for each patch after it.
+        The token rows are shared out as evenly as they divide, the first patches one more.
 
         Raises:
             OracleRefusal: more patches than token rows.
@@ -60,17 +54,14 @@ class LatentRows:
                 f"{num_patches} patches for {self.count} token rows, expected at most one "
                 "patch a row"
             )
-        regions, start = [], 0
-        for patch in range(num_patches):
-            patches_left = num_patches - patch
-            rows_left = self.count - start
-            text = self.text_tokens if patch == 0 else 0
-            share = Fraction(rows_left * self.tokens + text, patches_left) - text
-            rows = _nearest(share / self.tokens)
-            rows = min(max(rows, 1), rows_left - (patches_left - 1))
-            regions.append((start * self.height, (start + rows) * self.height))
-            start += rows
-        return tuple(regions)
+        rows = even_pieces(self.count, num_patches)
+        return tuple((a * self.height, b * self.height) for a, b in rows)
+
+
+def even_pieces(length: int, count: int) -> tuple[tuple[int, int], ...]:
+    """`length` things in `count` runs `(start, stop)`; the first runs take the remainder."""
+    sizes = [length // count + (i < length % count) for i in range(count)]
+    return tuple((sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(count))
 
 
 #: One attention call: which query rows and which key rows changed.
@@ -187,10 +178,8 @@ class TokenProbe:
             starts.append(index)
             tokens, last = int(keys.sum()), keys
         height = self.latents.shape[axis] // len(starts)
-        whole = self.touched(axis, 0, self.latents.shape[axis])
-        text = max(int((~q).sum()) for q, k in whole if k.any())
         from_last = axis - self.latents.dim()
-        return LatentRows(from_last, height, len(starts), tokens, text)
+        return LatentRows(from_last, height, len(starts), tokens)
 
     def _trace(
         self, latents: torch.Tensor, sites: int | None = None
@@ -225,8 +214,3 @@ def _changed_rows(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 def _is_one_run(rows: torch.Tensor) -> bool:
     where = rows.nonzero().flatten()
     return int(where[-1] - where[0]) + 1 == len(where)
-
-
-def _nearest(value: Fraction) -> int:
-    """The nearest integer, halves upwards."""
-    return (value + Fraction(1, 2)).__floor__()

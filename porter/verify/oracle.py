@@ -13,9 +13,9 @@ of step i+1 starts there, and not earlier: code before the blocks sees, at (i, p
 <= p of x_i and rows > p of x_(i-1).  After a whole (warm-up) step, and after a step with a
 callback, stage 0 has all rows.
 
-Text.  Rows of keys that follow no latents belong to patch 0; other patches read what patch
-0 wrote last.  Attention whose keys hold no row that follows the latents stays plain.  The
-first denoiser call of a run decides the borders of the patches for all calls.
+Text.  Rows of keys that follow no latents are shared out too: each run of them is cut into
+even pieces, one a patch.  Attention whose keys hold no row that follows the latents stays
+plain.
 
 Start.  Warm-up steps run whole and fill the caches.  With no warm-up, attention sees the
 rows filled so far alone.

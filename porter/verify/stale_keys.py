@@ -9,12 +9,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
-from porter.verify.geometry import LatentRows, OracleRefusal, TokenProbe
+from porter.verify.geometry import (
+    LatentRows,
+    OracleRefusal,
+    TokenProbe,
+    even_pieces,
+)
 from porter.verify.hooks import AttentionCall, denoisers, replaced_attention
 
 #: A call site in the pass: denoiser, n-th call of it, n-th attention of that call.
@@ -154,7 +160,10 @@ class StaleKeys:
         whole = probe.touched(rows.axis, 0, probed.regions[-1][1])
         for site, (_, keys) in enumerate(whole):
             if keys.any():
-                probed.site_rows[site, 0] = probed.site_rows[site, 0] | ~keys
+                for patch, rows_of_patch in enumerate(
+                    _shared_out(~keys, self._num_patches)
+                ):
+                    probed.site_rows[site, patch] |= rows_of_patch
         return probed
 
     def _outside_regions(self) -> bool:
@@ -209,3 +218,16 @@ class StaleKeys:
             old.filled | rows,
         )
         return self._cached[site]
+
+
+def _shared_out(rows: torch.Tensor, num_patches: int) -> list[torch.Tensor]:
+    """The rows (S,) of each patch: every run of `rows` cut into even pieces."""
+    shares = [torch.zeros_like(rows) for _ in range(num_patches)]
+    where = rows.nonzero().flatten().tolist()
+    starts = [i for i, row in enumerate(where) if i == 0 or where[i - 1] != row - 1]
+    for start, stop in pairwise([*starts, len(where)]):
+        for share, (first, last) in zip(
+            shares, even_pieces(stop - start, num_patches), strict=True
+        ):
+            share[where[start] + first : where[start] + last] = True
+    return shares

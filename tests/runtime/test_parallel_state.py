@@ -240,50 +240,45 @@ def _layout(text: int) -> TokenLayout:
 @pytest.mark.parametrize(
     ("shape", "dim", "first", "second"),
     [
-        ((1, 4, 16, 16), 2, LatentSlice(2, 0, 6), LatentSlice(2, 6, 16)),
-        ((1, 64, 4), 1, LatentSlice(1, 0, 24), LatentSlice(1, 24, 64)),
-        ((1, 4, 8, 9, 9), 2, LatentSlice(2, 0, 3), LatentSlice(2, 3, 8)),
-        ((1, 8, 4, 9, 9), 1, LatentSlice(1, 0, 3), LatentSlice(1, 3, 8)),
+        ((1, 4, 16, 16), 2, LatentSlice(2, 0, 8), LatentSlice(2, 8, 16)),
+        ((1, 64, 4), 1, LatentSlice(1, 0, 32), LatentSlice(1, 32, 64)),
+        ((1, 4, 8, 9, 9), 2, LatentSlice(2, 0, 4), LatentSlice(2, 4, 8)),
+        ((1, 8, 4, 9, 9), 1, LatentSlice(1, 0, 4), LatentSlice(1, 4, 8)),
     ],
 )
-def test_all_regions_of_a_call_share_the_borders_of_the_first(
+def test_the_first_region_of_a_call_sets_the_region_of_the_latents(
     shape: tuple[int, ...], dim: int, first: LatentSlice, second: LatentSlice
 ) -> None:
     state = RuntimeState(EngineConfig(world_size=1))
     state.start_pass(step=0, patch=0)
     state.latents_shape = shape
     assert state.latent_slice is None
-    assert state.adopt_patch_borders(_layout(16), dim, shape[dim]).patch_borders() == (
-        0,
-        3,
-        8,
-    )
+    state.adopt_patch_borders(_layout(16), dim, shape[dim])
     assert state.latent_slice == first
-    # Another text would be balanced otherwise.
-    assert _layout(48).patch_borders() != (0, 3, 8)
-    assert state.adopt_patch_borders(_layout(48), dim, shape[dim]).patch_borders() == (
-        0,
-        3,
-        8,
-    )
+    # A branch with another text has the same latents.
+    state.adopt_patch_borders(_layout(48), dim, shape[dim])
+    assert state.latent_slice == first
+    fewer = TokenLayout((Segment("image", 32, 8, True),), 2, 1)
+    with pytest.raises(ValueError, match="4 latent rows after one of 8"):
+        state.adopt_patch_borders(fewer, dim, shape[dim])
     state.start_pass(step=0, patch=1)
     assert state.latent_slice == second
     state.start_pass(step=1, patch=None)
     assert state.latent_slice is None
     state.end_passes()
     state.start_pass(step=0, patch=0)
-    assert state.adopt_patch_borders(_layout(48), dim, shape[dim]).patch_borders() != (
-        0,
-        3,
-        8,
-    )
+    state.latents_shape = shape
+    assert state.latent_slice is None
 
 
 def test_a_region_of_text_alone_sets_no_borders() -> None:
     state = RuntimeState(EngineConfig(world_size=1))
-    text = TokenLayout((Segment("text", 5),), 2, 1)
-    assert state.adopt_patch_borders(text, 1, 16) == text
-    assert state.adopt_patch_borders(_layout(16), 1, 16).patch_borders() == (0, 3, 8)
+    state.start_pass(step=0, patch=0)
+    state.latents_shape = (1, 64, 4)
+    state.adopt_patch_borders(TokenLayout((Segment("text", 5),), 2, 1), 1, 16)
+    assert state.latent_slice is None
+    state.adopt_patch_borders(_layout(16), 1, 64)
+    assert state.latent_slice == LatentSlice(1, 0, 32)
 
 
 def test_latents_that_are_not_the_transformers_are_refused() -> None:

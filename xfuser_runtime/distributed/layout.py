@@ -1,10 +1,11 @@
 """Which token rows a rank holds: pure integers, no tensors, no communication.
 
 A block region works on one or more *segments* of tokens (text, image, ...). Two cuts act on them.
-*Patches* (PipeFusion) cut the segments that follow the latents, on borders of whole latent rows;
-segments that do not (text) belong to patch 0. *Shards* (sequence parallelism) cut the rows of each
-patch of each segment into balanced contiguous pieces, so that a shard owns the same rows in a whole
-pass as in the patch passes: keys and values that a whole pass cached stay valid later.
+*Patches* (PipeFusion) cut every segment into balanced contiguous pieces: those that follow the
+latents on borders of whole latent rows, the others (text, reference pictures) between any two
+tokens, so that all patches do the same work. *Shards* (sequence parallelism) cut the rows of each
+patch of each segment again, so that a shard owns the same rows in a whole pass as in the patch
+passes: keys and values that a whole pass cached stay valid later.
 
 Two orders of rows matter:
     gathered whole pass   [shard][segment][patch]   what concatenating the shards' tensors gives
@@ -16,8 +17,7 @@ All ranges are half open, ``(start, stop)``, in rows of the segment or of the ca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, field
 
 Range = tuple[int, int]
 
@@ -30,13 +30,13 @@ class Segment:
         name: how attention call sites refer to it.
         length: number of tokens.
         row: tokens of one latent row; patch borders fall on multiples of it.
-        split_by_patch: False for tokens that do not follow the latents (text): they are all in patch 0.
+        follows_latents: whether the tokens are those of the latents, whose rows a patch never divides.
     """
 
     name: str
     length: int
     row: int = 1
-    split_by_patch: bool = False
+    follows_latents: bool = False
 
     def __post_init__(self) -> None:
         if self.length < 0 or self.row < 1:
@@ -54,18 +54,15 @@ class TokenLayout:
         segments: the runs of tokens, names unique.
         num_patches: PipeFusion patches.
         num_shards: ranks of the sequence-parallel group.
-        row_borders: the patches' borders in latent rows, ``num_patches + 1`` of them; None balances
-            the patches by their tokens. Regions of one step share borders, whatever their texts.
 
     Raises:
-        ValueError: names repeat, a count is below 1, a split segment is not whole latent rows, there
-            are more patches than latent rows, or the borders do not fit the rows.
+        ValueError: names repeat, a count is below 1, a segment of latents is not whole latent rows, or
+            there are more patches than latent rows.
     """
 
     segments: tuple[Segment, ...]
     num_patches: int
     num_shards: int
-    row_borders: tuple[int, ...] | None = None
     # Per segment, in order: its num_patches + 1 patch borders in tokens. Derived, so not compared.
     _borders: tuple[tuple[int, ...], ...] = field(init=False, repr=False, compare=False)
 
@@ -79,10 +76,6 @@ class TokenLayout:
             )
         object.__setattr__(self, "_borders", _patch_borders(self))
 
-    def with_borders(self, row_borders: tuple[int, ...]) -> TokenLayout:
-        """The same layout with its patches cut at ``row_borders``."""
-        return replace(self, row_borders=row_borders)
-
     def patch_borders(self) -> tuple[int, ...]:
         """Borders of all patches in latent rows of the first segment that follows the latents.
 
@@ -90,11 +83,11 @@ class TokenLayout:
             ValueError: no segment follows the latents.
         """
         for segment, borders in zip(self.segments, self._borders, strict=True):
-            if segment.split_by_patch:
+            if segment.follows_latents:
                 return tuple(border // segment.row for border in borders)
         raise ValueError(
             f"segments {[s.name for s in self.segments]} without one that follows the latents,"
-            " expected one with split_by_patch"
+            " expected one with follows_latents"
         )
 
     def patch_rows(self, patch: int) -> Range:
@@ -209,75 +202,26 @@ def _append_move(
 
 def _patch_borders(layout: TokenLayout) -> tuple[tuple[int, ...], ...]:
     """Token borders of the patches, one tuple a segment."""
-    count = layout.num_patches
-    split = [segment for segment in layout.segments if segment.split_by_patch]
-    fixed = sum(s.length for s in layout.segments if not s.split_by_patch)
-    if count > 1:
-        for segment in split:
-            if segment.length % segment.row:
-                raise ValueError(
-                    f"segment {segment.name!r} has {segment.length} tokens, expected a multiple of its"
-                    f" latent row of {segment.row}; patches end on whole rows"
-                )
-    row_borders: tuple[int, ...] = ()
-    if split:
-        row_borders = _checked_rows(layout, split[0]) or _balanced_rows(
-            split, fixed, count
-        )
-    borders = []
-    for segment in layout.segments:
-        if not segment.split_by_patch:
-            borders.append((0,) + (segment.length,) * count)
-        elif count == 1:
-            borders.append((0, segment.length))
-        else:
-            rows, main_rows = segment.length // segment.row, row_borders[-1]
-            borders.append(
-                tuple(b * rows // main_rows * segment.row for b in row_borders)
-            )
-    return tuple(borders)
-
-
-def _checked_rows(layout: TokenLayout, main: Segment) -> tuple[int, ...]:
-    """The layout's own row borders, () where it leaves them to be balanced."""
-    borders = layout.row_borders
-    if borders is None:
-        return ()
-    rows = main.length // main.row
-    if (
-        len(borders) != layout.num_patches + 1
-        or (borders[0], borders[-1]) != (0, rows)
-        or any(start >= stop for start, stop in pairwise(borders))
-    ):
+    main = next((s for s in layout.segments if s.follows_latents), None)
+    if main is not None and main.length // main.row < layout.num_patches > 1:
+        rows = main.length // main.row
         raise ValueError(
-            f"patch borders {borders}, expected {layout.num_patches + 1} rising ones from 0 to"
-            f" {rows}, the latent rows of segment {main.name!r}"
+            f"{layout.num_patches} patches for {rows} latent rows, expected at most one"
+            f" patch a row; set num_pipeline_patch to {rows} or less"
         )
-    return borders
+    return tuple(
+        _borders_of(segment, layout.num_patches) for segment in layout.segments
+    )
 
 
-def _balanced_rows(split: Sequence[Segment], fixed: int, count: int) -> tuple[int, ...]:
-    """Row borders of the first split segment, patches balanced by all their tokens.
-
-    Patch 0 also carries the ``fixed`` tokens, so it takes fewer rows, but never less than one. The
-    other split segments are cut in proportion.
-    """
-    rows = split[0].length // split[0].row
-    if count == 1:
-        return 0, rows
-    if count > rows:
+def _borders_of(segment: Segment, count: int) -> tuple[int, ...]:
+    """Token borders of ``count`` balanced pieces of a segment."""
+    row = segment.row if segment.follows_latents and count > 1 else 1
+    rows, rest = divmod(segment.length, row)
+    if rest:
         raise ValueError(
-            f"{count} patches for {rows} latent rows, expected at most one patch a row;"
-            f" set num_pipeline_patch to {rows} or less"
+            f"segment {segment.name!r} has {segment.length} tokens, expected a multiple of its"
+            f" latent row of {row}; patches end on whole rows"
         )
-    tokens = sum(segment.length for segment in split)
-    borders = [0]
-    for patch in range(count):
-        left = count - patch
-        todo_rows = rows - borders[-1]
-        # Tokens still to give out, times rows so that all stays integer; a row has tokens / rows of them.
-        carried = fixed if patch == 0 else 0
-        share = todo_rows * tokens + carried * rows - left * carried * rows
-        take = (2 * share + left * tokens) // (2 * left * tokens)
-        borders.append(borders[-1] + min(max(take, 1), todo_rows - left + 1))
-    return tuple(borders)
+    pieces = [_piece(0, rows, patch, count) for patch in range(count)]
+    return (0, *(stop * row for _, stop in pieces))

@@ -154,13 +154,8 @@ class RuntimeState:
         """True in a loop with patches while no region has set their borders."""
         return self.num_patches > 1 and self._row_borders is None
 
-    def adopt_patch_borders(
-        self, layout: TokenLayout, dim: int, extent: int
-    ) -> TokenLayout:
-        """``layout`` with the patch borders of this call's first region.
-
-        Regions and guidance branches may have texts of different lengths, so each alone would
-        balance its patches differently; but a patch is one region of the latents for all of them.
+    def adopt_patch_borders(self, layout: TokenLayout, dim: int, extent: int) -> None:
+        """Take the patches' region of the latents from this call's first region.
 
         Args:
             layout: of a region.
@@ -171,13 +166,18 @@ class RuntimeState:
             ValueError: the regions have different numbers of latent rows.
             InputError: the latents are not those that the transformer was given.
         """
-        if not any(segment.split_by_patch for segment in layout.segments):
-            return layout
+        if not any(segment.follows_latents for segment in layout.segments):
+            return
+        borders = layout.patch_borders()
         if self._row_borders is None:
-            self._row_borders = layout.patch_borders()
+            self._row_borders = borders
             self._patch_dim, self._patch_extent = dim, extent
             self.latent_slice = self._slice_of(self.patch)
-        return layout.with_borders(self._row_borders)
+        elif borders != self._row_borders:
+            raise ValueError(
+                f"a region of {borders[-1]} latent rows after one of"
+                f" {self._row_borders[-1]}, expected the same latents in all"
+            )
 
     def _slice_of(self, patch: int | None) -> LatentSlice | None:
         """Region of the latents that ``patch`` covers; None where the borders are not known yet."""

@@ -48,13 +48,18 @@ class AttentionSite:
     Args:
         query_segments: the token streams of its query rows, in their order.
         key_segments: those of its keys; empty where the keys are whole on every rank.
+        whole: those of its keys that every rank has whole, beside keys that are cut.
     """
 
     def __init__(
-        self, query_segments: tuple[str, ...], key_segments: tuple[str, ...]
+        self,
+        query_segments: tuple[str, ...],
+        key_segments: tuple[str, ...],
+        whole: tuple[str, ...] = (),
     ) -> None:
         self.query_segments = query_segments
         self.key_segments = key_segments
+        self.whole = whole
         self.caches: CallSites[KVCache] = CallSites(KVCache)
 
     def plan(self, region: Any, backend: str | None) -> AttentionPlan:
@@ -67,6 +72,36 @@ class AttentionSite:
             cache=self.caches.next(region) if region.layout.num_patches > 1 else None,
             backend=backend,
         )
+
+    def own_keys(self, region: Any, keys: torch.Tensor, dim: int) -> torch.Tensor:
+        """Keys without the rows that every rank has and another rank, or patch, answers for.
+
+        All ranks' keys take part in attention, so each must come from one rank alone.
+
+        Args:
+            region: the region of the pass.
+            keys: keys, values, or a mask over them.
+            dim: dimension of the keys.
+        """
+        if not self.whole or region.whole:
+            return keys
+        pieces, offset = [], 0
+        for name in region.expand(self.key_segments):
+            rows = region.layout.ranges(name, region.patch, region.shard_index)
+            count = sum(stop - start for start, stop in rows)
+            if name not in self.whole:
+                pieces.append(keys.narrow(dim, offset, count))
+            else:
+                count = region.length((name,))
+                pieces += [keys.narrow(dim, offset + a, b - a) for a, b in rows]
+            offset += count
+        if keys.shape[dim] != offset:
+            raise InputError(
+                f"keys of shape {tuple(keys.shape)}, expected {offset} rows of "
+                f"{', '.join(self.key_segments)}; the port does not fit this input: run "
+                "porter verify"
+            )
+        return torch.cat(pieces, dim=dim)
 
 
 class xFuserAttentionBaseWrapper(xFuserLayerBaseWrapper):
@@ -198,10 +233,22 @@ def _attend(
     site: AttentionSite,
     region: Any,
     backend: str | None,
-    *qkv: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    return parallel_attention(*qkv, plan=site.plan(region, backend), **options)
+    if attn_mask is not None and attn_mask.shape[-1] == key.shape[1]:
+        attn_mask = site.own_keys(region, attn_mask, -1)
+    return parallel_attention(
+        query,
+        site.own_keys(region, key, 1),
+        site.own_keys(region, value, 1),
+        attn_mask=attn_mask,
+        plan=site.plan(region, backend),
+        **options,
+    )
 
 
 # Caches are counted and filled, and blocks travel, in Python: torch.compile would guard on the
@@ -210,7 +257,10 @@ _attend_between_graphs = torch.compiler.disable(_attend)
 
 
 def wrap_attention(
-    module: nn.Module, query_segments: Sequence[str], key_segments: Sequence[str]
+    module: nn.Module,
+    query_segments: Sequence[str],
+    key_segments: Sequence[str],
+    whole: Sequence[str] = (),
 ) -> nn.Module:
     """Make an attention module work on sharded tokens; returns the same object.
 
@@ -219,12 +269,18 @@ def wrap_attention(
             `xFuserLayerWrappersRegister`.
         query_segments: the token streams of its query rows, in their order.
         key_segments: those of its keys; empty where the keys are whole on every rank.
+        whole: those of its keys that every rank has whole, beside keys that are cut.
 
     Raises:
         ValueError: the manual's message for a processor or a layer that is not ported. The
             module is then unchanged.
     """
-    site = AttentionSite(tuple(query_segments), tuple(key_segments))
+    segments = set(key_segments)
+    site = AttentionSite(
+        tuple(query_segments),
+        tuple(key_segments),
+        tuple(name for name in whole if name in segments),
+    )
     original = type(module)
     if not issubclass(original, xFuserAttentionBaseWrapper):
         wrapper = xFuserLayerWrappersRegister.find(original)

@@ -54,12 +54,17 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         attention_streams: for each of them, by path with `*` for the block index: the
             streams that its keys hold, in the order in which they are concatenated.
         block_loops: the block lists, in the order in which `forward` runs them.
+        attention_queries: the streams of the queries, by path, where they are not those of
+            the keys.
+        whole_streams: by block list, the streams of keys that every rank holds whole.
     """
 
     submodule_classes_to_wrap: ClassVar[list[type[nn.Module]]] = []
     submodule_name_to_wrap: ClassVar[list[str]] = []
     attention_streams: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     block_loops: ClassVar[tuple[str, ...]] = ()
+    attention_queries: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    whole_streams: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     _state_name: ClassVar[str] = "_xfuser_wrapping"
 
@@ -105,9 +110,12 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         for path, child in list(self.named_modules()):
             name = path.rpartition(".")[2]
             if name in self.submodule_name_to_wrap:
-                streams = self.attention_streams.get(re.sub(r"\.\d+\.", ".*.", path))
+                place = re.sub(r"\.\d+\.", ".*.", path)
+                streams = self.attention_streams.get(place)
                 if streams is not None:
-                    wrap_attention(child, streams, streams)
+                    queries = self.attention_queries.get(place, streams)
+                    whole = self.whole_streams.get(path.partition(".")[0], ())
+                    wrap_attention(child, queries, streams, whole)
             elif type(child) in self.submodule_classes_to_wrap:
                 wrap_layer(child)
 
@@ -198,7 +206,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
                     name,
                     length,
                     row=row if name == latents else 1,
-                    split_by_patch=name == latents,
+                    follows_latents=name == latents,
                 )
                 for name, length in streams.items()
             ),
@@ -206,7 +214,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             parallel_state.get_sequence_parallel_world_size(),
         )
         if num_patches > 1:
-            layout = state.adopt_patch_borders(layout, held.dim, held.extent)
+            state.adopt_patch_borders(layout, held.dim, held.extent)
         plan, stage = wrapping.plan, parallel_state.get_pipeline_parallel_rank()
         links = (
             StageLinks(plan, stage, loop, wrapping.channel())

@@ -155,16 +155,21 @@ class BlockRegion:
             part for name in streams for part in self._parts.get(name, (name,))
         )
 
+    def rows(self, *streams: str) -> int:
+        """Tokens of streams that this rank holds in this pass."""
+        return self.layout.length(self.expand(streams), self.patch, self.shard_index)
+
     def owns(self, block: nn.Module) -> bool:
         """True when this stage runs `block`."""
         return not self._dry_run and not isinstance(block, EmptyBlock)
 
-    def hand_over(self, *streams: torch.Tensor | None) -> Any:
+    def hand_over(self, *streams: Any) -> Any:
         """Move the carried streams to this stage where its first block begins.
 
         Called once at the top of each iteration.  The sender and the receiver stand at the
         same place of the same loop, so nothing that the loop's body did to the streams is
-        lost.  Returns the streams, one bare or several as a tuple.
+        lost.  Lists of tensors, as long on every stage, travel item by item.  Returns the
+        streams, one bare or several as a tuple.
         """
         index, self._iteration = self._iteration, self._iteration + 1
         if self._links is not None and not self._dry_run:
@@ -172,20 +177,33 @@ class BlockRegion:
         return streams[0] if len(streams) == 1 else streams
 
     def gather(self, value: Any, dim: int, *streams: str) -> Any:
-        """The whole of a carried stream from the rows of all ranks and earlier passes."""
+        """The whole of a carried stream from the rows of all ranks and earlier passes.
+
+        The tensors of a list are gathered one by one.
+        """
+        if isinstance(value, (tuple, list)):
+            return type(value)(
+                self._gathered(item, dim, streams, f"[{index}]")
+                for index, item in enumerate(value)
+            )
+        return self._gathered(value, dim, streams)
+
+    def _gathered(
+        self, value: Any, dim: int, streams: Sequence[str], place: str = ""
+    ) -> Any:
         if self.whole or value is None or self._dry_run:
             return self._whole_shape(value, dim, streams)
         if not self._needs_gather:
             return self._whole_shape(value, dim, streams)
         lengths = self.layout.lengths(self.expand(streams), self.patch)
         rows = all_gather(value, dim, lengths, get_sp_group())
-        return self._merge(rows, dim, streams)
+        return self._merge(rows, dim, streams, place)
 
     def _cut(
         self, value: torch.Tensor, dim: int, streams: Sequence[str]
     ) -> torch.Tensor:
         lengths = {s.name: s.length for s in self.layout.segments}
-        expected = self._length(streams)
+        expected = self.length(streams)
         if value.shape[dim] != expected:
             raise ValueError(
                 f"dimension {dim} of a value of shape {tuple(value.shape)} holds "
@@ -201,11 +219,11 @@ class BlockRegion:
         return _join(pieces, value, dim)
 
     def _merge(
-        self, rows: torch.Tensor, dim: int, streams: Sequence[str]
+        self, rows: torch.Tensor, dim: int, streams: Sequence[str], place: str
     ) -> torch.Tensor:
         """Rows in the order [shard][stream] put to their places in a whole tensor."""
         lengths = {s.name: s.length for s in self.layout.segments}
-        whole = self._buffer(rows, dim, streams, self._length(streams))
+        whole = self._buffer(rows, dim, streams, place)
         source = 0
         for shard in range(self.layout.num_shards):
             offset = 0
@@ -221,11 +239,11 @@ class BlockRegion:
         return whole if self.patch is None else whole.clone()
 
     def _buffer(
-        self, rows: torch.Tensor, dim: int, streams: Sequence[str], length: int
+        self, rows: torch.Tensor, dim: int, streams: Sequence[str], place: str
     ) -> torch.Tensor:
-        key = "+".join(streams)
+        key = "+".join(streams) + place
         shape = list(rows.shape)
-        shape[dim] = length
+        shape[dim] = self.length(streams)
         held = self._buffers.get(key)
         if (
             self.patch is None
@@ -238,7 +256,7 @@ class BlockRegion:
             self._buffers[key] = held
         return held
 
-    def _length(self, streams: Sequence[str]) -> int:
+    def length(self, streams: Sequence[str]) -> int:
         """Tokens of whole streams."""
         lengths = {s.name: s.length for s in self.layout.segments}
         return sum(lengths[name] for name in self.expand(streams))
@@ -246,7 +264,7 @@ class BlockRegion:
     def _whole_shape(self, value: Any, dim: int, streams: Sequence[str]) -> Any:
         if value is None:
             return None
-        length = self._length(streams)
+        length = self.length(streams)
         if value.shape[dim] == length:
             return value
         shape = list(value.shape)

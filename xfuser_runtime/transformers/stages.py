@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from xfuser_runtime.distributed.collectives import P2PChannel
+from xfuser_runtime.transformers.outputs import map_tensors
 
 
 class EmptyBlock(nn.Module):
@@ -111,25 +112,27 @@ class StageLinks:
     loop: str
     channel: P2PChannel
 
-    def exchange(
-        self, index: int, streams: Sequence[torch.Tensor | None]
-    ) -> tuple[torch.Tensor | None, ...]:
+    def exchange(self, index: int, streams: Sequence[Any]) -> tuple[Any, ...]:
         """Send the streams at the next stage's first block, receive them at this one's.
 
         A stream that is None or has no rows in this pass does not travel.
         """
         position = self.plan.position(self.loop, index)
         if self.stage > 0 and position == self.plan.first_block(self.stage):
-            return tuple(self._receive(stream) for stream in streams)
+            return tuple(map_tensors(self._receive, stream) for stream in streams)
         is_last = self.stage == self.plan.num_stages - 1
         if not is_last and position == self.plan.first_block(self.stage + 1):
             for stream in streams:
-                if stream is not None and stream.numel():
-                    self.channel.send(stream.contiguous(), self.stage + 1)
+                map_tensors(self._send, stream)
         return tuple(streams)
 
-    def _receive(self, stream: torch.Tensor | None) -> torch.Tensor | None:
-        if stream is None or not stream.numel():
+    def _send(self, stream: torch.Tensor) -> torch.Tensor:
+        if stream.numel():
+            self.channel.send(stream.contiguous(), self.stage + 1)
+        return stream
+
+    def _receive(self, stream: torch.Tensor) -> torch.Tensor:
+        if not stream.numel():
             return stream
         buffer = torch.empty_like(stream, memory_format=torch.contiguous_format)
         return self.channel.recv(buffer, self.stage - 1)

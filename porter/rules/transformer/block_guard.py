@@ -1,6 +1,6 @@
 """A stage runs its own blocks only.
 
-Match:    the block call of each region, with the gradient-checkpoint branch before it.
+Match:    the block calls of each region, with the gradient-checkpoint branch before them.
 Emit:     the call under `if region.owns(block):`; the checkpoint branch, which never runs
           under inference, is gone.
 Manual:   2 (in the manual the block list is cut instead)
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import libcst as cst
 
-from porter.analysis.block_loops import BlockLoop
+from porter.analysis.block_loops import BlockCall, BlockLoop
 from porter.analysis.forward import Forward
 from porter.errors import RuleError
 from porter.parsed import ParsedModule
@@ -37,36 +37,42 @@ class BlockGuard(Rule[Forward]):
         edits: list[Edit] = []
         around: list[cst.If] = []
         for loop, _ in facts.regions:
+            at = loop.calls[0].statement
             if loop.checkpoint is not None:
-                edits.append(self._without_checkpoint(module, loop))
+                edits.append(self._without_checkpoint(module, loop, at))
             else:
-                edits.extend(self._guarded(module, loop))
+                for call in loop.calls:
+                    edits.extend(self._guarded(module, loop, call, at))
             if loop.around is not None and loop.around not in around:
                 around.append(loop.around)
-                edits.append(self._without_twin(module, loop))
+                edits.append(self._without_twin(module, loop, at))
         return edits
 
-    def _guarded(self, module: ParsedModule, loop: BlockLoop) -> Iterator[Edit]:
+    def _guarded(
+        self, module: ParsedModule, loop: BlockLoop, call: BlockCall, at: cst.CSTNode
+    ) -> Iterator[Edit]:
         yield self.nest(
             module,
-            loop.call,
-            loop.call,
+            call.statement,
+            call.statement,
             header=f"if region.owns({loop.block}):",
-            at=loop.call,
+            at=at,
         )
-        if loop.choice is not None:
-            start, end = module.span(loop.choice)[0], module.span(loop.choice.orelse)[0]
-            yield self._edit(module, start, end, "", loop.call)
+        if call.choice is not None:
+            start, end = module.span(call.choice)[0], module.span(call.choice.orelse)[0]
+            yield self._edit(module, start, end, "", at)
 
-    def _without_twin(self, module: ParsedModule, loop: BlockLoop) -> Edit:
+    def _without_twin(
+        self, module: ParsedModule, loop: BlockLoop, at: cst.CSTNode
+    ) -> Edit:
         """`if <checkpoint>: <twin loop> else:` becomes `with region:`, which changes nothing
         but keeps the indentation, and with it the lines, of the loop that runs."""
         assert loop.around is not None
-        return self._header_of_other_branch(
-            module, loop.around, "with region:", loop.call
-        )
+        return self._header_of_other_branch(module, loop.around, "with region:", at)
 
-    def _without_checkpoint(self, module: ParsedModule, loop: BlockLoop) -> Edit:
+    def _without_checkpoint(
+        self, module: ParsedModule, loop: BlockLoop, at: cst.CSTNode
+    ) -> Edit:
         """`if <checkpoint>: ... else:` becomes the guard; the else branch stays as it is."""
         test = loop.checkpoint
         assert test is not None
@@ -74,7 +80,7 @@ class BlockGuard(Rule[Forward]):
         branch = test.orelse
         if isinstance(branch, cst.If) and branch.orelse is None:
             guard += f" and {module.source(branch.test)}"
-        return self._header_of_other_branch(module, test, f"if {guard}:", loop.call)
+        return self._header_of_other_branch(module, test, f"if {guard}:", at)
 
     def _header_of_other_branch(
         self, module: ParsedModule, test: cst.If, header: str, at: cst.CSTNode

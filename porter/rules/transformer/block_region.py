@@ -3,12 +3,13 @@
 Match:    the loops over block lists that carry image tokens.
 Emit:     before the loop, the rows of this rank of every value that counts tokens; at the
           top of the body, the hand-over between stages; after the loop, the whole carried
-          streams.
+          streams and the whole of what the body made for later code.
 Manual:   2 (the sharding that the manual leaves to the attention layers)
 
 Token axes are literals, measured by the probe.  A value that the loop only reads keeps its
 name outside the loop and is called `local_<name>` inside, because code after the loop may
-read the whole of it.
+read the whole of it.  A list that the body fills or empties keeps its name and travels with
+the streams.
 """
 
 from __future__ import annotations
@@ -56,16 +57,22 @@ class BlockRegion(Rule[Forward]):
     ) -> Iterator[Edit]:
         """The edits of one loop; `outer` is the statement that its start stands before."""
         carried = [name for name in loop.carried if name in facts.values]
+        own = {*carried, *loop.filled}
         before = [_begin(facts)]
         for name, axes in facts.values.items():
-            target = name if name in carried else _local(name)
+            target = name if name in own else _local(name)
             before.append(f"{target} = {_shard(name, axes)}")
+        for name, streams in facts.counts.items():
+            before.append(f"{_local(name)} = region.rows({_quoted(streams)})")
         after = [
-            f"{name} = region.gather({name}, {_axis(facts.values[name][0])})"
-            for name in carried
+            f"{name} = region.gather({name}, {_axis(axes[0])})"
+            for name, axes in (
+                *((name, facts.values[name]) for name in carried),
+                *facts.after.items(),
+            )
         ]
         at = loop.node
-        names = ", ".join(carried)
+        names = ", ".join((*carried, *facts.filled))
         hand_over = f"{names} = region.hand_over({names})"
         for edit in (
             self.insert_before(module, outer, "\n".join(before), at=at),
@@ -73,7 +80,7 @@ class BlockRegion(Rule[Forward]):
             self.insert_after(module, loop.node, "\n".join(after), at=at),
         ):
             yield replace(edit, outside=True)
-        for node in _reads(loop, set(facts.values) - set(carried)):
+        for node in _reads(loop, {*facts.values, *facts.counts} - own):
             yield self.replace(module, node, _local(node.value), at=at)
 
 
@@ -94,7 +101,7 @@ def _begin(facts: LoopFacts) -> str:
 def _shard(name: str, axes: tuple[TokenAxis, ...]) -> str:
     """The rows of a value; of a tuple's items one by one where they hold other tokens."""
     if axes[0].keys is not None:
-        streams = ", ".join(f'"{stream}"' for stream in axes[0].streams)
+        streams = _quoted(axes[0].streams)
         return f"region.shard_pairs({name}, {axes[0].dim}, {axes[0].keys}, {streams})"
     if axes[0].item is None:
         once = f", ndim={axes[0].ndim}" if axes[0].optional else ""
@@ -104,8 +111,11 @@ def _shard(name: str, axes: tuple[TokenAxis, ...]) -> str:
 
 
 def _axis(axis: TokenAxis) -> str:
-    streams = ", ".join(f'"{name}"' for name in axis.streams)
-    return f"{axis.dim}, {streams}"
+    return f"{axis.dim}, {_quoted(axis.streams)}"
+
+
+def _quoted(streams: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in streams)
 
 
 def _local(name: str) -> str:
@@ -124,9 +134,10 @@ def _reads(loop: BlockLoop, names: set[str]) -> Iterator[cst.Name]:
     if loop.checkpoint is not None:
         skipped.update(walk(loop.checkpoint.body))
         skipped.update(walk(loop.checkpoint.test))
-    if loop.choice is not None:
-        skipped.update(walk(loop.choice.body))
-        skipped.update(walk(loop.choice.test))
+    for call in loop.calls:
+        if call.choice is not None:
+            skipped.update(walk(call.choice.body))
+            skipped.update(walk(call.choice.test))
     for node in walk(loop.node.body):
         if isinstance(node, cst.Arg) and node.keyword is not None:
             skipped.add(node.keyword)

@@ -2,8 +2,9 @@
 
 Match:    the `forward` of the class.
 Landmark: the class attributes stand above it.
-Emit:     `submodule_classes_to_wrap`, `submodule_name_to_wrap`, and the streams that the
-          keys of each wrapped attention hold.
+Emit:     `submodule_classes_to_wrap`, `submodule_name_to_wrap`, the streams that the keys
+          of each wrapped attention hold, those of its queries where they differ, and the
+          streams that stay whole on every rank.
 Manual:   2.1
 
 The manual hands these to `__init__`; ours are class attributes, since the wrapper defines
@@ -38,6 +39,11 @@ class InitSubmodules(Rule[Forward]):
             f"attention_streams = {dict(measured.attention)!r}\n"
             f"block_loops = {tuple(loop.blocks for loop in measured.loops)!r}\n"
         )
+        whole = {loop.blocks: loop.whole for loop in measured.loops if loop.whole}
+        if measured.queries:
+            text += f"attention_queries = {dict(measured.queries)!r}\n"
+        if whole:
+            text += f"whole_streams = {whole!r}\n"
         start, _ = excerpt(module, facts.method)
         text = format_statements(text, INDENT) + "\n\n"
         return [self._edit(module, start, start, text, facts.method)]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers.models.embeddings import apply_rotary_emb
 
-Rows = slice
+Rows = slice | torch.Tensor
 
 
 class KeyCache:
@@ -177,7 +177,7 @@ def joint(
     pipe: Any, call: dict[str, Any], patches: list[tuple[int, int]], warmup: int
 ) -> torch.Tensor:
     """The final latents of a guided call of the toy with joint attention; patches in
-    tokens.  Text rows are computed in the first patch's pass alone."""
+    tokens.  Each patch computes its even share of the text rows, too."""
     calls: list[dict[str, Any]] = []
 
     def note(module: Any, args: Any, kwargs: Any) -> None:
@@ -195,8 +195,10 @@ def joint(
     def predict(
         latents: torch.Tensor, t: Any, patch: tuple[int, int] | None
     ) -> torch.Tensor:
+        # A patch is told by its place among all of them.
+        place = None if patch is None else (patches.index(patch), len(patches))
         cond, uncond = (
-            _joint_call(pipe.transformer, kwargs, latents, t, patch, cache)
+            _joint_call(pipe.transformer, kwargs, latents, t, patch, place, cache)
             for kwargs, cache in zip(calls[:2], caches, strict=True)
         )
         return uncond + call["true_cfg_scale"] * (cond - uncond)
@@ -211,6 +213,7 @@ def _joint_call(
     latents: torch.Tensor,
     t: Any,
     patch: tuple[int, int] | None,
+    place: tuple[int, int] | None,
     cache: KeyCache,
 ) -> torch.Tensor:
     image = model.x_embedder(latents)
@@ -226,13 +229,11 @@ def _joint_call(
         dim=1,
     )
     rows = None
-    if patch is not None:
+    if patch is not None and place is not None:
         image = image[:, patch[0] : patch[1]]
-        rows = slice(length + patch[0], length + patch[1])
-        if patch[0] == 0:
-            rows = slice(0, rows.stop)
-        else:
-            text = text[:, :0]
+        own = torch.arange(length).tensor_split(place[1])[place[0]]
+        text = text[:, own]
+        rows = torch.cat([own, length + torch.arange(*patch)])
     rope = (cos, sin) if rows is None else (cos[rows], sin[rows])
     for layer, block in enumerate(model.transformer_blocks):
         image, text = _joint_block(

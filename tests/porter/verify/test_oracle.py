@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import math
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -31,22 +30,9 @@ PIXART_PATCHES = {2: [(0, 6), (6, 12)], 3: [(0, 4), (4, 8), (8, 12)]}
 
 
 def _joint_patches(pipe: Any, call: Callable[[], Any], count: int) -> Any:
-    """Borders in tokens, from the text length of the first denoiser call."""
-    lengths: list[int] = []
-    handle = pipe.transformer.register_forward_pre_hook(
-        lambda m, a, k: lengths.append(k["encoder_hidden_states"].shape[1]),
-        with_kwargs=True,
-    )
-    tokens = run_stock(pipe, call)[0].shape[1]
-    handle.remove()
-    text, borders = lengths[0], [0]
-    for patch in range(count):
-        left = tokens - borders[-1] + (text if patch == 0 else 0)
-        share = left / (count - patch) - (text if patch == 0 else 0)
-        rest = count - patch - 1
-        take = min(max(math.floor(share + 0.5), 1), tokens - borders[-1] - rest)
-        borders.append(borders[-1] + take)
-    return list(zip(borders, borders[1:], strict=False))
+    """Borders in tokens."""
+    tokens = torch.arange(run_stock(pipe, call)[0].shape[1])
+    return [(int(p[0]), int(p[-1]) + 1) for p in tokens.tensor_split(count)]
 
 
 @pytest.mark.parametrize(("patches", "warmup"), [(2, 1), (3, 2)])
@@ -177,7 +163,7 @@ def test_the_pipeline_is_left_as_it_was(joint: Any) -> None:
 def test_borders_agree_with_the_runtimes_layout(
     rows: int, tokens: int, text: int
 ) -> None:
-    latents = LatentRows(2, 2, rows, tokens, text)
+    latents = LatentRows(2, 2, rows, tokens)
     for count in (1, 2, 3, 4):
         if count > rows:
             with pytest.raises(OracleRefusal, match=f"{count} patches for {rows}"):
@@ -185,7 +171,7 @@ def test_borders_agree_with_the_runtimes_layout(
             continue
         segments = (
             Segment("text", text),
-            Segment("image", rows * tokens, row=tokens, split_by_patch=True),
+            Segment("image", rows * tokens, row=tokens, follows_latents=True),
         )
         layout = TokenLayout(segments, count, 1)
         expected = [layout.patch_rows(patch) for patch in range(count)]

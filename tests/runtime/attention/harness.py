@@ -71,7 +71,7 @@ class Problem:
                     name,
                     length,
                     row=self.row if name == "image" else 1,
-                    split_by_patch=name == "image",
+                    follows_latents=name == "image",
                 )
                 for name, length in self.segments
             ),

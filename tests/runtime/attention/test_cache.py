@@ -105,7 +105,7 @@ PROBLEMS = {
 
 
 def patch_rows(problem: Problem, patch: int | None) -> dict[str, slice]:
-    """Rows of each segment in a pass: text belongs to patch 0."""
+    """Rows of each segment in a pass."""
     found = {}
     layout = problem.layout(1)
     for name, length in problem.segments:
@@ -115,7 +115,8 @@ def patch_rows(problem: Problem, patch: int | None) -> dict[str, slice]:
             first, last = layout.patch_rows(patch)
             found[name] = slice(first * problem.row, last * problem.row)
         else:
-            found[name] = slice(0, length if patch == 0 else 0)
+            ((first, last),) = layout.ranges(name, patch, 0) or ((0, 0),)
+            found[name] = slice(first, last)
     return found
 
 

@@ -42,7 +42,7 @@ def enter(
 ) -> TokenLayout:
     """Enter a block region as the transformer wrapper does, with a fresh region object."""
     layout = TokenLayout(
-        (Segment("image", TOKENS, split_by_patch=True),),
+        (Segment("image", TOKENS, follows_latents=True),),
         patches,
         get_sp_group().world_size,
     )

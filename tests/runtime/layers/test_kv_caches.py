@@ -65,7 +65,7 @@ class TestCaches:
 
         Right for one layer: its keys are functions of the tokens alone.
         """
-        layout = TokenLayout((Segment("image", TOKENS, split_by_patch=True),), 2, 1)
+        layout = TokenLayout((Segment("image", TOKENS, follows_latents=True),), 2, 1)
         mixed, here = tokens(stale).clone(), self.rows(layout, patch)
         mixed[:, here] = tokens(fresh)[:, here]
         with torch.no_grad():
@@ -180,7 +180,7 @@ def test_compiles_around_the_ring_and_the_cache(mode: tuple[int, int]) -> None:
 
     ranks = mode[0] * mode[1]
     results = run_ranks(body, ranks, timeout=120)
-    layout = TokenLayout((Segment("image", TOKENS, split_by_patch=True),), 2, ranks)
+    layout = TokenLayout((Segment("image", TOKENS, follows_latents=True),), 2, ranks)
     order = torch.tensor(
         [
             row
