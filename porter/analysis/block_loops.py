@@ -47,7 +47,8 @@ class BlockLoop:
         carried: these, and the names that an iteration hands on to the next.
         filled: names of lists that the body puts values into or takes them from.
         later: names that the body makes or fills, it does not carry and code after it reads.
-        reads: names that the body reads, checkpoint branches left out.
+        reads: names whose value from before the loop the body reads, checkpoint branches
+            left out.
         checkpoint: the `if` inside the loop whose first branch is a checkpoint, or None.
         around: the `if` around the loop whose first branch holds its twin, or None.
     """
@@ -147,6 +148,7 @@ def _read_loop(
     others = sorted(carried(module, node.body.body) - set(results))
     filled = _filled(node, dead)
     written = set(filled).union(*(writes(module, part) for part in node.body.body))
+    first = read_first(module, node.body.body)
     after = read_first(module, module.following(node, forward))
     return BlockLoop(
         blocks=blocks,
@@ -158,7 +160,7 @@ def _read_loop(
         carried=(*results, *others),
         filled=filled,
         later=tuple(sorted((written & after) - {*results, *others})),
-        reads=_reads(node, dead),
+        reads=tuple(name for name in _reads(node, dead) if name in first),
         checkpoint=checkpoint,
         around=_checkpoint_around(module, forward, node),
     )
