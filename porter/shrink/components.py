@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import importlib
 import inspect
-import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,11 +45,13 @@ class Components:
         parameters = inspect.signature(self.pipeline_class.__init__).parameters
         # Tokenizers first: encoders take the vocabulary from them.
         for name in sorted(self.hints, key=lambda name: not _is_tokenizer(name)):
-            if name in table.LEFT_OUT and not self._stand_in(name):
+            required = parameters[name].default is inspect.Parameter.empty
+            left_out = name in table.LEFT_OUT and not required
+            if left_out and not (self._stand_in(name) or name in self.changes):
                 self.built[name] = None
             elif self._is_component(name):
                 self.built[name] = self.make(name)
-            elif parameters[name].default is inspect.Parameter.empty:
+            elif required:
                 raise ShrinkError(
                     f"{self.pipeline_class.__name__} needs {name}: {self.hints[name]}",
                     expected="a component class or a default",
@@ -65,6 +66,8 @@ class Components:
             ShrinkError: its class is of no kind that can be made small.
         """
         from diffusers import ModelMixin, SchedulerMixin
+        from diffusers.guiders import BaseGuidance
+        from transformers.image_processing_utils import BaseImageProcessor
 
         changes = dict(self.changes.get(name, {}))
         hinted = self._stand_in(name) or self.hints[name]
@@ -80,6 +83,11 @@ class Components:
             return self._diffusers_model(name, cls, changes)
         if hasattr(cls, "config_class"):
             return self._encoder(name, cls, changes)
+        if issubclass(cls, BaseImageProcessor):
+            side = {"height": text.IMAGE_SIZE, "width": text.IMAGE_SIZE}
+            return cls(size=side, crop_size=side, **changes)
+        if issubclass(cls, BaseGuidance):
+            return cls(**changes)
         raise ShrinkError(
             f"{self.pipeline_class.__name__} needs {name}: {cls.__name__}",
             expected="a model, a scheduler or a tokenizer",
@@ -90,12 +98,14 @@ class Components:
         return [n for n, hint in self.hints.items() if hint is self.hints[name]]
 
     def _stand_in(self, name: str) -> str | None:
-        return table.STAND_INS.get(getattr(self.hints[name], "__name__", ""))
+        hint = self.hints.get(name)
+        return table.STAND_INS.get(getattr(hint, "__name__", ""))
 
     def _is_component(self, name: str) -> bool:
         """Whether a parameter is a component to make, and not a number or a flag."""
         optional = self.pipeline_class._optional_components
-        needed = name in _NEEDED or _is_text(name) or self._stand_in(name)
+        needed = name in _NEEDED or name in self.changes or _is_text(name)
+        needed = needed or self._stand_in(name)
         if name in optional and not needed:
             return False
         hint = self.hints[name]
@@ -108,8 +118,8 @@ class Components:
 
             cls = diffusers.DPMSolverMultistepScheduler
         parameters = inspect.signature(cls.__init__).parameters
-        module = sys.modules[self.pipeline_class.__module__]
-        if hasattr(module, "calculate_shift") and "use_dynamic_shifting" in parameters:
+        source = inspect.getsource(self.pipeline_class)
+        if "calculate_shift(" in source and "use_dynamic_shifting" in parameters:
             # Released schedulers of pipelines that compute `mu` shift dynamically.
             changes.setdefault("use_dynamic_shifting", True)
         return cls(**changes)
@@ -125,7 +135,8 @@ class Components:
 
     def _latent_channels(self, cls: Any) -> int | None:
         """Latent channels of a VAE whose own default is not meant for this backbone."""
-        if "block_out_channels" not in sizes.defaults(cls):
+        given = sizes.defaults(cls)
+        if "block_out_channels" not in given or given["latent_channels"] != 4:
             return None
         backbone = self.hints.get("transformer")
         entries = self.changes.get("transformer", {})

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd as _Convolution
 
 from .components import Components
 from .kwargs import call_kwargs
@@ -68,7 +69,7 @@ def _first_failure(pipeline: Any) -> Exception | None:
     handles = [
         module.register_forward_pre_hook(_watch(name))
         for name, module in pipeline.transformer.named_modules()
-        if isinstance(module, nn.Linear) or _is_norm(module)
+        if isinstance(module, nn.Linear | _Convolution) or _is_norm(module)
     ]
     disabled = pipeline.__dict__.get("_progress_bar_config")
     pipeline.set_progress_bar_config(disable=True)
@@ -88,10 +89,19 @@ def _is_norm(module: nn.Module) -> bool:
     return "Norm" in type(module).__name__ and isinstance(weight, nn.Parameter)
 
 
+def _width(module: Any) -> int:
+    """The input width of a layer."""
+    if isinstance(module, _Convolution):
+        return int(module.in_channels)
+    return int(module.weight.shape[-1])
+
+
 def _watch(name: str) -> Any:
     def compare(module: Any, inputs: tuple[Any, ...]) -> None:
         if inputs and isinstance(inputs[0], torch.Tensor):
-            built, fed = module.weight.shape[-1], inputs[0].shape[-1]
+            built, fed = _width(module), inputs[0].shape[-1]
+            if isinstance(module, _Convolution):
+                fed = inputs[0].shape[-1 - len(module.kernel_size)]
             if built != fed:
                 raise _Mismatch(name, built, fed)
 
@@ -118,6 +128,6 @@ def _parameter_for(backbone: Any, mismatch: _Mismatch) -> dict[str, Any] | None:
         except Exception:  # noqa: BLE001  this value builds no model: try the next
             continue
         layer = dict(other.named_modules()).get(mismatch.layer)
-        if layer is not None and layer.weight.shape[-1] == mismatch.fed:
+        if layer is not None and _width(layer) == mismatch.fed:
             return {name: value}
     return None

@@ -12,12 +12,10 @@ import torch
 from PIL import Image
 
 from . import table
+from .media import frame_count, takes_one, videos
 
 TOKEN_ROWS = ((8, 8), (6, 14), (7, 9))
 """Token rows and columns of the picture sizes: even, wide, odd."""
-
-FRAMES = 5
-"""Latent frames of a video: more than a 4-fold cut into patches needs, and odd."""
 
 PROMPTS = (
     (
@@ -39,6 +37,8 @@ GUIDANCE = 4.0
 SEQUENCE_LENGTHS = (48, 72)
 """`max_sequence_length` for the short and the long set."""
 
+_SPATIAL_NAMES = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+_FRAME_NAMES = ("num_frames", "frames", "video_length")
 _GUIDANCE_NAMES = ("true_cfg_scale", "guidance_scale")
 
 
@@ -80,48 +80,63 @@ def call_kwargs(
         Only names that ``__call__`` takes.
     """
     names = inspect.signature(type(pipeline).__call__).parameters
-    first = image_sizes(pipeline)[0]
+    sizes = image_sizes(pipeline)
+    first = sizes[0]
+    size = (height or first[0], width or first[1])
+    own = table.CALLS_OF.get(type(pipeline).__name__, {})
+    number = sizes.index(size) if size in sizes else 0
+    frames = own.get("num_frames") or frame_count(pipeline, number)
     texts = PROMPTS[text]
     wanted: dict[str, Any] = {
         "prompt": [texts[i % len(texts)] for i in range(batch_size)],
-        "height": height or first[0],
-        "width": width or first[1],
+        "height": size[0],
+        "width": size[1],
         "num_inference_steps": num_inference_steps,
         "generator": torch.Generator("cpu").manual_seed(seed),
         "output_type": output_type,
         "max_sequence_length": SEQUENCE_LENGTHS[text],
         # Without these the picture is scaled to what the full model was trained on.
-        "max_area": (height or first[0]) * (width or first[1]),
+        "max_area": size[0] * size[1],
         "_auto_resize": False,
-        "num_frames": _temporal_compression(pipeline) * (FRAMES - 1) + 1,
+        **dict.fromkeys(_FRAME_NAMES, frames),
         "class_labels": [7 * text + row for row in range(batch_size)],
         **table.CALLS,
+        **own,
         **_guidance(pipeline, names, batch_size, guidance),
     }
-    wanted.update(_pictures(names, wanted["height"], wanted["width"], batch_size))
+    given = table.GIVEN.get(type(pipeline).__name__, frozenset())
+    wanted.update(_pictures(type(pipeline), names, given, *size, batch_size))
+    wanted.update(videos(names, given, (frames, *size), batch_size))
     if "prior_token_ids" in names:
         wanted["prior_token_ids"] = _prior_tokens(pipeline, wanted, batch_size, text)
     return {name: value for name, value in wanted.items() if name in names}
 
 
 def _pictures(
-    names: Mapping[str, Any], height: int, width: int, batch_size: int
-) -> dict[str, list[Image.Image]]:
+    pipeline_class: type,
+    names: Mapping[str, Any],
+    given: frozenset[str],
+    height: int,
+    width: int,
+    batch_size: int,
+) -> dict[str, Any]:
     """Pictures for calls that need them; those that merely may have some get none."""
-    needed = {"control_image", "mask_image"}
+    needed = {"control_image", "mask_image"} | {n for n in given if "image" in n}
     if {"strength", "mask_image"} & set(names):
         needed.add("image")
     needed |= {
-        name
-        for name in ("image", "video")
-        if name in names and _is_required(names[name])
+        name for name in ("image",) if name in names and _is_required(names[name])
     }
     stripes = np.indices((height, width)).sum(axis=0) % 256
     picture = Image.fromarray(stripes.astype(np.uint8)).convert("RGB")
     mask = Image.fromarray(np.uint8(255) * (stripes < 128).astype(np.uint8))
-    return {
+    made = {
         name: [mask if name == "mask_image" else picture] * batch_size
         for name in needed
+    }
+    return {
+        name: several[0] if takes_one(pipeline_class, name) else several
+        for name, several in made.items()
     }
 
 
@@ -174,22 +189,11 @@ def _cell(pipeline: Any) -> int:
     largest = max(p[-1] if isinstance(p, list | tuple) else p or 1 for p in patches)
     packs = any(hasattr(pipeline, f"_{verb}_latents") for verb in ("pack", "patchify"))
     processor = getattr(pipeline, "image_processor", None)
-    multiple = processor.config.vae_scale_factor if processor else compression
+    settings = getattr(processor, "config", {})  # a library's processor has none
+    multiple = settings.get("vae_scale_factor", compression)
     if packs and largest == 1 and multiple > compression:
         largest = 2  # packed by the pipeline, in squares of two
     return int(compression * largest) * table.CELLS.get(type(pipeline).__name__, 1)
-
-
-def _temporal_compression(pipeline: Any) -> int:
-    """Frames of one latent frame; the first one stands for itself."""
-    return next(
-        (
-            int(value)
-            for name, value in vars(pipeline).items()
-            if name.startswith("vae_") and "temporal" in name and isinstance(value, int)
-        ),
-        4,
-    )
 
 
 def _compression(pipeline: Any) -> int:
@@ -197,6 +201,9 @@ def _compression(pipeline: Any) -> int:
     vae = getattr(pipeline, "vae", None)
     if vae is None:
         return 1
+    for name in _SPATIAL_NAMES:
+        if isinstance(getattr(pipeline, name, None), int):
+            return int(getattr(pipeline, name))
     config = vae.config
     for name in ("spatial_compression_ratio", "scale_factor_spatial"):
         if config.get(name):

@@ -100,7 +100,8 @@ def vae_config(cls: type, latent_channels: int | None) -> dict[str, Any]:
         elif name == "base_dim" or (name == "decoder_base_dim" and value):
             config[name] = VAE_CHANNELS
         elif name.endswith("block_out_channels") and value:
-            config[name] = (VAE_CHANNELS,) * max(len(value), 4)
+            # One level by default, in released checkpoints four.
+            config[name] = (VAE_CHANNELS,) * (len(value) if len(value) > 1 else 4)
         elif name.endswith("layers_per_block") and isinstance(value, Sequence):
             config[name] = (1,) * len(value)
         elif name.endswith("layers_per_block") or name == "num_res_blocks":
@@ -108,7 +109,6 @@ def vae_config(cls: type, latent_channels: int | None) -> dict[str, Any]:
         elif name == "shift_factor" and value is None:
             config[name] = 0.1
     if len(given.get("block_out_channels") or ()) == 1:
-        # One level by default, in released checkpoints four.
         for name in ("down_block_types", "up_block_types"):
             config[name] = tuple(given[name]) * 4
     if latent_channels is not None:

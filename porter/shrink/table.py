@@ -24,6 +24,10 @@ STAND_INS = {
 
 _NO_MICRO_CONDITIONS = {"transformer": {"use_additional_conditions": False}}
 
+_ROTARY = {"use_rotary_positional_embeddings": True, "attention_head_dim": 16}
+_EASY = {"out_channels": 16, "patch_size": 2, "attention_head_dim": 16}
+"""An eighth and three eighths of a head are the axes' widths, each even."""
+
 _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     # Share their backbone class, whose default sample size switches micro-conditions on,
     # with a pipeline that passes them; these two pass None.
@@ -84,6 +88,201 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     "PRXPipeline": {"text_encoder": {"class": "transformers:Gemma2Model"}},
     # None by default; the body halves it: half is the mean, half the variance.
     "DiTPipeline": {"transformer": {"out_channels": 8}},
+    # Rotary embeddings are off by default and on in all released checkpoints but the
+    # smallest; without them the text must be as long as the table of positions.
+    **dict.fromkeys(
+        ("CogVideoXPipeline", "CogVideoXVideoToVideoPipeline"),
+        {"transformer": _ROTARY},
+    ),
+    # Latents and as many channels of a picture or of control.
+    **dict.fromkeys(
+        (
+            "CogVideoXImageToVideoPipeline",
+            "CogVideoXFunControlPipeline",
+            "ConsisIDPipeline",
+        ),
+        {"transformer": {**_ROTARY, "in_channels": 32}},
+    ),
+    # Blocks that get control, by number; in released checkpoints every fifth.
+    "WanVACEPipeline": {"transformer": {"vace_layers": [0, 2]}},
+    # The widths of the face's encoder have defaults of their own.
+    "WanAnimatePipeline": {
+        "transformer": {
+            "image_dim": 32,
+            "added_kv_proj_dim": 96,
+            "motion_encoder_channel_sizes": {"4": 8, "8": 8, "16": 8},
+            "motion_encoder_size": 16,
+            "motion_style_dim": 16,
+            "motion_dim": 4,
+            "motion_encoder_dim": 16,
+            "face_encoder_hidden_dim": 32,
+            "inject_face_latents_blocks": 2,
+        }
+    },
+    # The picture's encoder is optional and feeds the blocks in released checkpoints.
+    "WanImageToVideoPipeline": {
+        "image_encoder": {},
+        "image_processor": {},
+        "transformer": {"image_dim": 32, "added_kv_proj_dim": 96, "in_channels": 36},
+    },
+    "ChronoEditPipeline": {
+        "transformer": {"image_dim": 32, "added_kv_proj_dim": 96, "in_channels": 36},
+    },
+    # Off by default, on in the released checkpoint: the body feeds both.
+    "HunyuanVideoFramepackPipeline": {
+        "transformer": {
+            "has_image_proj": True,
+            "image_proj_dim": 32,
+            "has_clean_x_embedder": True,
+        }
+    },
+    # None by default: how the picture enters; the body knows two ways.
+    "HunyuanVideoImageToVideoPipeline": {
+        "transformer": {"image_condition_type": "latent_concat", "in_channels": 33},
+        "text_encoder": {"pad_token_id": 0},
+    },
+    # Channels of a backbone that is named after its first pipeline.
+    "Kandinsky5I2VPipeline": {
+        "transformer": {
+            "in_visual_dim": 16,
+            "out_visual_dim": 16,
+            "visual_cond": True,
+        }
+    },
+    # None by default.
+    "EasyAnimatePipeline": {
+        "transformer": {**_EASY, "in_channels": 16},
+    },
+    "EasyAnimateControlPipeline": {
+        "transformer": {**_EASY, "in_channels": 32},
+    },
+    "EasyAnimateInpaintPipeline": {
+        # The other way asks the VAE for an entry that its class does not have.
+        "transformer": {
+            **_EASY,
+            "in_channels": 48,
+            "resize_inpaint_mask_directly": False,
+        },
+    },
+    # A default for three stages of growing size, for a body of one.
+    "HeliosPipeline": {
+        "scheduler": {"stages": 1, "stage_range": [0, 1]},
+        "transformer": {"rope_dim": (8, 8, 8)},
+    },
+    "HeliosPyramidPipeline": {
+        "transformer": {"rope_dim": (8, 8, 8)},
+        # At a third, the default, the covariance of the noise is singular but for a term
+        # that single precision loses.
+        "scheduler": {"gamma": 0.3},
+    },
+    # Channels of the VAE, and their number in a patch.
+    "Cosmos3OmniPipeline": {
+        "transformer": {"latent_channel": 16, "patch_latent_dim": 64}
+    },
+    # None by default: context of pictures, which these bodies do not pass.
+    **dict.fromkeys(
+        (
+            "CosmosTextToWorldPipeline",
+            "Cosmos2TextToImagePipeline",
+        ),
+        {"transformer": {"img_context_dim_in": None}},
+    ),
+    # The latents and a mask of the frames that are given.
+    **dict.fromkeys(
+        (
+            "CosmosVideoToWorldPipeline",
+            "Cosmos2VideoToWorldPipeline",
+            "Cosmos2_5_PredictBasePipeline",
+            "Cosmos2_5_TransferPipeline",
+        ),
+        {"transformer": {"img_context_dim_in": None, "in_channels": 17}},
+    ),
+    # The hinted half of an encoder-decoder.
+    **dict.fromkeys(
+        (
+            "StableAudio3Pipeline",
+            "StableAudio3AudioToAudioPipeline",
+            "StableAudio3InpaintPipeline",
+        ),
+        {"text_encoder": {"is_encoder_decoder": False}},
+    ),
+    # The backbone's table of frames has one length; half of its channels are variance.
+    "LattePipeline": {"transformer": {"video_length": 5, "out_channels": 8}},
+    # The first VAE of the hint has no temporal compression, which the body reads.
+    **dict.fromkeys(
+        ("SanaVideoPipeline", "SanaImageToVideoPipeline"),
+        {"vae": {"class": "diffusers:AutoencoderKLWan"}},
+    ),
+    # Widths of the connectors between the text encoder and the backbone: three layers of
+    # the encoder go in, learnable registers fill the text up to a multiple of them.
+    **dict.fromkeys(
+        (
+            "LTX2Pipeline",
+            "LTX2ImageToVideoPipeline",
+            "LTX2ConditionPipeline",
+            "LTX2InContextPipeline",
+            "LTX2HDRPipeline",
+            "LTX2DFRPipeline",
+            "LTX2DFRTemporalRefinePipeline",
+        ),
+        {
+            "connectors": {
+                "caption_channels": 32,
+                "text_proj_in_factor": 3,
+                "video_connector_num_attention_heads": 4,
+                "video_connector_attention_head_dim": 8,
+                "video_connector_num_learnable_registers": 8,
+                "audio_connector_num_attention_heads": 4,
+                "audio_connector_attention_head_dim": 8,
+                "audio_connector_num_learnable_registers": 8,
+            },
+            "transformer": {
+                "audio_num_attention_heads": 4,
+                "audio_attention_head_dim": 16,
+                "audio_cross_attention_dim": 64,
+                "audio_in_channels": 32,
+                "audio_out_channels": 32,
+            },
+            # Its first width is that of a frame of sound: bins by channels.
+            "audio_vae": {"base_channels": 32, "num_res_blocks": 1, "mel_bins": 16},
+            "vocoder": {"hidden_channels": 64},
+            # As released; the class counts a level that compresses time alone twice.
+            "vae": {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8},
+        },
+    ),
+    # The latents and a picture beside them; twice the released VAE's channels.
+    "HunyuanSkyreelsImageToVideoPipeline": {"transformer": {"in_channels": 32}},
+    # Two tasks: one sees the picture's tokens, the other is told that there is none.
+    "HunyuanVideo15Pipeline": {"transformer": {"image_embed_dim": 32}},
+    "HunyuanVideo15ImageToVideoPipeline": {
+        "transformer": {"image_embed_dim": 32},
+        # The last level averages groups of channels into twice the latents'.
+        "vae": {"block_out_channels": (8, 8, 8, 8, 64)},
+    },
+    # Norms of the VAE cut every width into 32 groups.
+    "MochiPipeline": {
+        "vae": {
+            "encoder_block_out_channels": (32, 32, 32, 32),
+            "decoder_block_out_channels": (32, 32, 32, 32),
+            "layers_per_block": (1, 1, 1, 1, 1),
+        }
+    },
+    # Hinted by the class that joins a processor of pictures and a tokenizer; the body
+    # uses the former.
+    "SkyReelsV2ImageToVideoPipeline": {
+        "image_processor": {"class": "transformers:CLIPImageProcessorPil"},
+        "transformer": {"image_dim": 32, "added_kv_proj_dim": 96, "in_channels": 36},
+    },
+    # Hinted by the abstract bases.
+    **dict.fromkeys(
+        ("MotifVideoPipeline", "MotifVideoImage2VideoPipeline"),
+        {
+            # The library's encoder reads an entry that its configuration lacks.
+            "text_encoder": {"text_config": {"dropout_rate": 0.0}},
+            "guider": {"class": "diffusers:ClassifierFreeGuidance"},
+            "scheduler": {"class": "diffusers:FlowMatchEulerDiscreteScheduler"},
+        },
+    ),
     # None by default, meaning unpatched; the latents have a quarter of the packed width.
     "NucleusMoEImagePipeline": {"transformer": {"out_channels": 16}},
 }
@@ -97,9 +296,59 @@ CALLS: dict[str, Any] = {
     "guidance_schedule": None,
     # Maps the size to a bucket of its own list, far larger than a test's.
     "use_resolution_binning": False,
+    # The default names one of forty-eight blocks.
+    "spatio_temporal_guidance_blocks": [1],
 }
 """Arguments of ``__call__`` whose defaults do not fit a small run, by name."""
 
+_WHOLE_TEXT = {"max_sequence_length": 512}
+"""The blocks tell pictures from text by counting 512 tokens of text from the end."""
+
+CALLS_OF: dict[str, dict[str, Any]] = {
+    "WanImageToVideoPipeline": _WHOLE_TEXT,
+    "ChronoEditPipeline": _WHOLE_TEXT,
+    "SkyReelsV2ImageToVideoPipeline": _WHOLE_TEXT,
+    # Two segments of a video.
+    "WanAnimatePipeline": {**_WHOLE_TEXT, "segment_frame_length": 9},
+    # Two sections of a video.
+    "HunyuanVideoFramepackPipeline": {"latent_window_size": 3},
+    "LattePipeline": {"video_length": 5},
+    # Chunks of latent frames, which sum up to all of them.
+    "AnyFlowFARPipeline": {"chunk_partition": [1, 2, 2], "num_frames": 17},
+    # Two passes along a video, or more.
+    **dict.fromkeys(
+        (
+            "SkyReelsV2DiffusionForcingPipeline",
+            "SkyReelsV2DiffusionForcingImageToVideoPipeline",
+            "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
+        ),
+        {"base_num_frames": 13, "overlap_history": 5},
+    ),
+    # Compression of the picture by a codec that is no dependency.
+    "LTX2ImageToVideoPipeline": {"image_crf": 0},
+}
+"""Arguments of ``__call__`` that do not fit a small run, by pipeline."""
+
+GIVEN: dict[str, frozenset[str]] = {
+    # Their task needs one, their signature calls it optional beside latents or pictures.
+    **dict.fromkeys(
+        (
+            "CogVideoXVideoToVideoPipeline",
+            "Cosmos2VideoToWorldPipeline",
+            "CosmosVideoToWorldPipeline",
+            "WanVideoToVideoPipeline",
+        ),
+        frozenset({"video"}),
+    ),
+    "CogVideoXFunControlPipeline": frozenset({"control_video"}),
+    "EasyAnimateControlPipeline": frozenset({"control_video"}),
+    "EasyAnimateInpaintPipeline": frozenset({"video", "mask_video"}),
+    "WanVACEPipeline": frozenset({"video"}),
+    "LTXImageToVideoPipeline": frozenset({"image"}),
+    "LTXConditionPipeline": frozenset({"image"}),
+    "LTX2ImageToVideoPipeline": frozenset({"image"}),
+}
+"""Optional media that a call gets, by pipeline."""
 
 CELLS = {
     # A code of its language model stands for two by two image tokens.

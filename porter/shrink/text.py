@@ -7,6 +7,7 @@ shrunk alike.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,8 @@ from .errors import ShrinkError
 
 LAYERS = 2
 HEADS = 4
+IMAGE_SIZE = 28
+"""Pixels along one side of what a picture encoder sees: two by two patches."""
 
 _SIZES: dict[str, str | int] = {
     "hidden_size": "width",
@@ -35,7 +38,7 @@ _SIZES: dict[str, str | int] = {
     "head_dim": "head",
     "d_kv": "head",
     "query_pre_attn_scalar": "head",
-    "image_size": 28,
+    "image_size": IMAGE_SIZE,
     "patch_size": 14,
 }
 """Sizes by name: a number, or what is derived from the width; grouped keys where the
@@ -75,9 +78,14 @@ def encoder_config(
     small = _shrunk(given, width, layers)
     if tokenizer is not None:
         _fit_vocabulary(small, given, tokenizer)
-    if "vision_config" in given:
+    source = inspect.getsource(sys.modules[cls.__module__])
+    if "mrope_section" in source or "vision_config" in given:
         _fit_rope_sections(small.get("text_config", small), given, width)
-    small.update({k: v for k, v in changes.items() if k != "layers"})
+    for name, value in changes.items():
+        if isinstance(value, Mapping):
+            small[name] = {**small.get(name, {}), **value}
+        elif name != "layers":
+            small[name] = value
     return config_class(**small)
 
 
@@ -114,6 +122,7 @@ def _fit_vocabulary(
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "image_token_id": _token_id(tokenizer, "<|image_pad|>"),
+        "image_token_index": _token_id(tokenizer, "<|image_pad|>"),
         "video_token_id": _token_id(tokenizer, "<|video_pad|>"),
         "vision_start_token_id": _token_id(tokenizer, "<|vision_start|>"),
         "vision_end_token_id": _token_id(tokenizer, "<|vision_end|>"),

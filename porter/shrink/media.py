@@ -1,0 +1,122 @@
+"""Videos for calls of pipelines, and how many frames they have.
+
+Frames follow the rule of causal video VAEs: the first latent frame stands for one frame,
+every further one for as many as the VAE compresses.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import textwrap
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+LATENT_FRAMES = (5, 7, 5)
+"""Latent frames of a video at each picture size: more than a 4-fold cut into patches
+needs, odd, and not the same everywhere, so that their number is seen to vary."""
+
+SHIFT = 7
+"""Pixels by which the stripes of a video move from frame to frame."""
+
+_VIDEO = re.compile(r"(^|_)videos?$")
+
+
+def frame_count(pipeline: Any, size: int) -> int:
+    """Frames of a video at the picture size of that index."""
+    latents = LATENT_FRAMES[size] * _temporal_patch(pipeline)
+    return (latents - 1) * _temporal_compression(pipeline) + 1
+
+
+def videos(
+    names: Mapping[str, inspect.Parameter],
+    given: frozenset[str],
+    shape: tuple[int, int, int],
+    batch_size: int,
+) -> dict[str, Any]:
+    """Arguments with videos: those that are required, and those in ``given``.
+
+    Args:
+        names: parameters of ``__call__``.
+        given: optional ones to pass as well.
+        shape: frames, height and width.
+        batch_size: videos of an argument; one alone is a plain list of its frames.
+
+    Returns:
+        Lists of pictures, or tensors (B, C, F, H, W) from 0 to 1 where the hint says so.
+    """
+    found: dict[str, Any] = {}
+    for name, parameter in names.items():
+        required = parameter.default is parameter.empty
+        if not _VIDEO.search(name) or not (required or name in given):
+            continue
+        make = _mask_video if "mask" in name else _video
+        made = [make(*shape, start=11 * row + len(name)) for row in range(batch_size)]
+        if isinstance(parameter.annotation, type):
+            found[name] = _tensor(made)
+        else:
+            found[name] = made[0] if batch_size == 1 else made
+    return found
+
+
+def takes_one(pipeline_class: type, name: str) -> bool:
+    """Whether the class's own checks of an argument leave out lists of pictures."""
+    check = getattr(pipeline_class, "check_inputs", None)
+    if check is None:
+        return False
+    tree = ast.parse(textwrap.dedent(inspect.getsource(check)))
+    kinds = {
+        ast.unparse(node.args[1])
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "isinstance"
+        and ast.unparse(node.args[0]) == name
+    }
+    return bool(kinds) and not any("list" in kind for kind in kinds)
+
+
+def _temporal_compression(pipeline: Any) -> int:
+    """Frames of one latent frame; the first one stands for itself."""
+    return next(
+        (
+            int(value)
+            for name, value in vars(pipeline).items()
+            if name.startswith("vae_") and "temporal" in name and isinstance(value, int)
+        ),
+        1,
+    )
+
+
+def _temporal_patch(pipeline: Any) -> int:
+    """Latent frames of one token."""
+    config = pipeline.transformer.config
+    patch = config.get("patch_size_t") or config.get("patch_size")
+    return int(patch[0] if isinstance(patch, list | tuple) and len(patch) == 3 else 1)
+
+
+def _video(frames: int, height: int, width: int, start: int) -> list[Image.Image]:
+    """Stripes that move."""
+    stripes = np.indices((height, width)).sum(axis=0)
+    pictures = [(stripes + start + SHIFT * number) % 256 for number in range(frames)]
+    return [Image.fromarray(p.astype(np.uint8)).convert("RGB") for p in pictures]
+
+
+def _mask_video(frames: int, height: int, width: int, start: int) -> list[Image.Image]:
+    """A white part that grows."""
+    columns = np.indices((height, width))[1]
+    edges = [width // 2 + start % 5 + number for number in range(frames)]
+    return [
+        Image.fromarray(np.uint8(255) * (columns < edge).astype(np.uint8))
+        for edge in edges
+    ]
+
+
+def _tensor(made: list[list[Image.Image]]) -> torch.Tensor:
+    """Videos as (B, C, F, H, W) from 0 to 1."""
+    arrays = [np.stack([np.atleast_3d(np.asarray(p)) for p in video]) for video in made]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 4, 1, 2, 3).float() / 255
