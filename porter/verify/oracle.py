@@ -20,6 +20,9 @@ plain.
 Start.  Warm-up steps run whole and fill the caches.  With no warm-up, attention sees the
 rows filled so far alone.
 
+Body.  What the loop does to the latents after scheduler.step (an inpainting pipeline puts the
+known rows back) belongs to the pass: it counts for the rows of its patch, and for no others.
+
 Schedulers.  Each patch steps its rows by its own copy, made after the warm-up.  The noise
 of a step is drawn whole and alike by all patches.  What `step` returns besides the sample
 may be handed back to it in the next step: its rows, too, are those that each patch made.
@@ -46,6 +49,7 @@ import torch
 from porter.verify.floor import output_tensors, seeded
 from porter.verify.geometry import OracleRefusal
 from porter.verify.hooks import install_step, replaced_global, replaced_step
+from porter.verify.loop_frame import LoopFrame
 from porter.verify.stale_keys import StaleKeys
 
 _CALLBACKS = ("callback", "callback_on_step_end")
@@ -108,6 +112,7 @@ class _Simulation:
         )
         self._latents: _Latents | None = None
         self._others: list[Any] = []
+        self._frame = LoopFrame(inspect.unwrap(type(pipeline).__call__))
         self._main = pipeline.scheduler
         self._copies: list[Any] = []
         self._random: list[torch.Tensor] = []
@@ -163,6 +168,7 @@ class _Simulation:
                 self._begin(step, patch)
                 yield start + step, t
                 self._in_pass = False
+                self._end_pass()
                 self._keys.end_pass()
         vars(self._pipeline)["scheduler"] = self._main
 
@@ -212,36 +218,64 @@ class _Simulation:
         self._take(sample)
         result = step(*args, **kwargs)
         stepped = result[0]
-        others = list(result[1:]) if isinstance(result, tuple) else []
-        if self._patch is None:
-            self._latents, self._others = _Latents(stepped, stepped), others
+        latents = self._latents
+        outputs = list(result[1:]) if isinstance(result, tuple) else []
+        if self._patch is None or latents is None:
+            self._others = outputs
             return result
-        latents, regions = self._latents, self._regions(sample)
-        assert latents is not None
-        axis = self._keys.rows.axis
-        latents.newest = _with_rows(latents.newest, stepped, axis, regions[self._patch])
-        if self._is_last_pass():
-            is_whole = self._step == self._last_step or bool(self._callback_names)
-            following = None if is_whole else regions[0]
-        else:
-            following = regions[self._patch + 1]
-        latents.seen = (
-            latents.newest
-            if following is None
-            else _with_rows(latents.seen, latents.newest, axis, following)
+        # Rows of earlier patches are the newest where a callback is to see them.
+        held = latents.newest if self._step_ends_whole() else latents.seen
+        self._others = self._merged(outputs, sample.shape, self._patch)
+        return _with_sample(
+            result, self._with_patch(held, stepped, self._patch), self._others
         )
-        self._others = self._merged(others, sample.shape, regions[self._patch])
-        return _with_sample(result, latents.seen, self._others)
 
-    def _merged(
-        self, others: list[Any], shape: torch.Size, region: tuple[int, int]
-    ) -> list[Any]:
+    def _end_pass(self) -> None:
+        """Give the loop the latents that stage 0 sees in the next pass.
+
+        Raises:
+            OracleRefusal: no variable of the loop holds the latents.
+        """
+        latents, held = self._latents, self._frame.latents()
+        if latents is None or not self._steps_in_pass:
+            return
+        if held is None or held.shape != latents.seen.shape:
+            raise OracleRefusal(
+                "no variable of the loop holds the latents that scheduler.step takes, "
+                "expected one that is carried from step to step"
+            )
+        patch = self._patch
+        if patch is None or (self._callback_names and self._is_last_pass()):
+            self._latents = _Latents(held.clone(), held.clone())
+            return
+        latents.newest = self._with_patch(latents.newest, held, patch)
+        if self._step_ends_whole():
+            latents.seen = latents.newest
+        else:
+            following = 0 if self._is_last_pass() else patch + 1
+            latents.seen = self._with_patch(latents.seen, latents.newest, following)
+        # The body goes on with this very tensor.
+        held.copy_(latents.seen)
+
+    def _step_ends_whole(self) -> bool:
+        """Whether stage 0 gets all rows after this pass: the last one, or for a callback."""
+        is_whole = self._step == self._last_step or bool(self._callback_names)
+        return self._is_last_pass() and is_whole
+
+    def _with_patch(
+        self, whole: torch.Tensor, source: torch.Tensor, patch: int
+    ) -> torch.Tensor:
+        """`whole` with the rows of `patch` from `source`."""
+        return _with_rows(
+            whole, source, self._keys.rows.axis, self._regions(whole)[patch]
+        )
+
+    def _merged(self, others: list[Any], shape: torch.Size, patch: int) -> list[Any]:
         """Further outputs of `step`, each row as its own patch made it last."""
-        axis = self._keys.rows.axis
         before = self._others if len(self._others) == len(others) else others
         return [
             (
-                _with_rows(old, new, axis, region)
+                self._with_patch(old, new, patch)
                 if isinstance(new, torch.Tensor) and new.shape == shape
                 else new
             )
@@ -252,20 +286,18 @@ class _Simulation:
         """Accept the latents that the loop's body hands to the scheduler.
 
         Raises:
-            OracleRefusal: the body steps twice, or changed latents between two patches.
+            OracleRefusal: the body steps twice, or changes the latents before it steps.
         """
         self._steps_in_pass += 1
         if self._steps_in_pass > 1:
             raise OracleRefusal("scheduler.step runs twice in a step, expected once")
         if self._latents is None:
             self._latents = _Latents(sample, sample)
-        elif not torch.equal(sample, self._latents.seen):
-            if self._patch not in (None, 0):
-                raise OracleRefusal(
-                    "the loop changes the latents after scheduler.step, expected steps "
-                    "that end in it"
-                )
-            self._latents = _Latents(sample, sample)
+        elif not torch.equal(sample, self._latents.seen.to(sample.dtype)):
+            raise OracleRefusal(
+                "the loop changes the latents before scheduler.step, expected steps of "
+                "what the step before left"
+            )
 
     def _regions(self, sample: torch.Tensor) -> tuple[tuple[int, int], ...]:
         axis, regions = self._keys.rows.axis, self._keys.regions

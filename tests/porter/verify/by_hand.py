@@ -57,16 +57,18 @@ def step_patches(
     patches: list[tuple[int, int]],
     warmup: int,
     predict: Callable[[torch.Tensor, Any, tuple[int, int] | None], torch.Tensor],
+    finish: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
 ) -> torch.Tensor:
     """The denoising loop: whole steps, then each patch with a scheduler of its own.
 
-    `predict(latents, t, patch)` returns the guided noise of the patch's rows.
+    `predict(latents, t, patch)` returns the guided noise of the patch's rows, `finish(rows)`
+    is what the loop's body does to the rows that were stepped.
     """
     copies: list[Any] = []
     timesteps = list(scheduler.timesteps)
     for t in timesteps[:warmup]:
         noise = predict(latents, t, None)
-        latents = scheduler.step(noise, t, latents, return_dict=False)[0]
+        latents = finish(scheduler.step(noise, t, latents, return_dict=False)[0])
     for start, stop in patches:
         own = copy.deepcopy(scheduler)
         for name, value in vars(own).items():
@@ -89,13 +91,17 @@ def step_patches(
             rows = latents.narrow(axis, start, stop - start)
             stepped = own.step(noise, t, rows, return_dict=False)[0]
             latents = latents.clone()
-            latents.narrow(axis, start, stop - start).copy_(stepped)
+            latents.narrow(axis, start, stop - start).copy_(finish(stepped))
     return latents
 
 
 @torch.no_grad()
 def pixart(
-    pipe: Any, call: dict[str, Any], patches: list[tuple[int, int]], warmup: int
+    pipe: Any,
+    call: dict[str, Any],
+    patches: list[tuple[int, int]],
+    warmup: int,
+    finish: Callable[[torch.Tensor], torch.Tensor] = lambda rows: rows,
 ) -> torch.Tensor:
     """The final latents of a guided PixArt call; patches in latent rows."""
     seen: dict[str, Any] = {}
@@ -142,7 +148,7 @@ def pixart(
         uncond, cond = out.chunk(2)
         return uncond + call["guidance_scale"] * (cond - uncond)
 
-    return step_patches(scheduler, first[:batch], 2, patches, warmup, predict)
+    return step_patches(scheduler, first[:batch], 2, patches, warmup, predict, finish)
 
 
 def _pixart_block(

@@ -184,8 +184,11 @@ def test_refuses_a_batch_that_changes_in_the_loop(batched: Any) -> None:
         DisplacedPatches(2, 1).run(batched, fresh(batched, Case(1, 1, 0, True, CUTOFF)))
 
 
-def test_refuses_latents_changed_after_the_step(pixart: Any) -> None:
+def test_what_the_body_does_after_the_step_counts_for_the_rows_of_the_patch(
+    pixart: Any,
+) -> None:
     call = fresh(pixart, GUIDED)
+    floor = reference(pixart, call).floor
     stepped = oracle._Simulation._scheduler_step
 
     def then_blend(self: Any, *arguments: Any) -> Any:
@@ -194,8 +197,20 @@ def test_refuses_latents_changed_after_the_step(pixart: Any) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(oracle._Simulation, "_scheduler_step", then_blend)
-        with pytest.raises(OracleRefusal, match="after scheduler.step"):
-            DisplacedPatches(2, 1).run(pixart, call)
+        found = DisplacedPatches(2, 1).run(pixart, call)
+    expected = by_hand.pixart(
+        pixart, call(), PIXART_PATCHES[2], 1, finish=lambda rows: rows * 0.9
+    )
+    assert passes(relative_error(found, [expected]), floor)
+    plain = by_hand.pixart(pixart, call(), PIXART_PATCHES[2], 1)
+    assert sabotage_shows(relative_error(found, [plain]), floor)
+
+
+def test_refuses_latents_that_no_variable_holds(pixart: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(oracle.LoopFrame, "latents", lambda self: None)
+        with pytest.raises(OracleRefusal, match="no variable of the loop"):
+            DisplacedPatches(2, 1).run(pixart, fresh(pixart, GUIDED))
 
 
 def test_imports_nothing_of_the_runtime() -> None:
