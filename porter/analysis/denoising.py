@@ -43,6 +43,8 @@ class DenoisingLoop:
         latents: the name that the loop carries and the scheduler steps.
         in_place: the body stores into the latents instead of binding them anew.
         calls: the denoiser's calls, in order.
+        skips: tests above the first call under which the body leaves a step out.
+        stops: tests of the tail under which the loop ends early.
     """
 
     loop: cst.For
@@ -55,3 +57,5 @@ class DenoisingLoop:
     latents: str
     in_place: bool
     calls: tuple[TransformerCall, ...]
+    skips: tuple[cst.If, ...] = ()
+    stops: tuple[cst.If, ...] = ()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import libcst as cst
 
+from porter.analysis.pipeline_modes import doubled_calls
 from porter.analysis.pipeline_source import PipelineSource, statements
 from porter.parsed import dotted, find
 
@@ -153,7 +154,10 @@ def _harmless(source: PipelineSource, node: cst.Name) -> bool:
         call = source.module.parent(above)
         assert isinstance(call, cst.Call)
         if dotted(call.func) in source.denoisers:
-            return True
+            # Further calls on one branch alone get what upstream gives them.
+            loop = source.denoising
+            cut = [each.call for each in doubled_calls(source.module, loop)]
+            return call in cut
         return dotted(call.func).endswith(".pop") and _rebinds(source, call, node.value)
     if isinstance(above, cst.AssignTarget):
         assign = source.module.parent(above)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import libcst as cst
 
 from porter.analysis.denoising import DenoisingLoop
+from porter.analysis.guider import guider_loop
 from porter.parsed import ParsedModule, dotted, find
 from porter.scope import carried, names_in, one_line, read_first, reads, writes
 
@@ -67,6 +68,10 @@ def cross_row_formulas(
 
 def unfit_for_patches(module: ParsedModule, loop: DenoisingLoop) -> str:
     """Why a pass over one patch would not equal its part of a whole pass, or ''."""
+    calls = [call for call in loop.calls if call.inner_loop]
+    if calls and guider_loop(module, loop) is None:
+        where = module.where(calls[0].call)
+        return f"{where}: the transformer is called in a loop of its own"
     for name in sorted(carried(module, loop.body) - {loop.latents}):
         if not _keeps_its_value(module, loop, name):
             line = next(s for s in loop.body if name in reads(module, s))

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import libcst as cst
 
 from porter.analysis.denoising import DenoisingLoop, TransformerCall
-from porter.parsed import ParsedModule, dotted, find
+from porter.analysis.guider import guider_loop
+from porter.parsed import ParsedModule, find
 from porter.scope import names_in, read_first, reads, writes
 
 
@@ -16,8 +17,10 @@ def cfg_style(module: ParsedModule, loop: DenoisingLoop) -> tuple[str, str]:
     calls = loop.calls
     where = module.where(calls[-1].call)
     if any(call.inner_loop for call in calls):
-        return "none", f"{where}: the transformer is called once a guider's entry"
-    if len(doubled_calls(module, loop)) == 1 or _exclusive(module, calls):
+        if guider_loop(module, loop) is not None:
+            return "entries", ""
+        return "none", f"{where}: the transformer is called in a loop of its own"
+    if doubled_calls(module, loop):
         return "batched", ""
     if len(calls) > 2:
         return "none", f"{where}: {len(calls)} transformer calls a step"
@@ -85,23 +88,37 @@ def _after(
 def doubled_calls(
     module: ParsedModule, loop: DenoisingLoop
 ) -> Sequence[TransformerCall]:
-    """The calls that see the guided batch, if there is one.
+    """The calls that may see the guided batch.
 
-    Where both halves of the first call's output are taken apart (`.chunk(2)`), a further
-    call under a guard of its own sees one branch alone, as in skip-layer guidance: every
-    rank makes it.
+    Of several calls in a step they are those whose output is taken apart into halves
+    (`.chunk(2)`).  Further calls see one branch alone, as in skip-layer guidance: every
+    rank makes them.
     """
-    first, *others = loop.calls
-    if len(others) != 1 or len(others[0].guards) <= len(first.guards):
+    if len(loop.calls) == 1 or _exclusive(module, loop.calls):
         return loop.calls
-    between = _statements_between(module, loop, first, others[0])
-    halves = any(
-        dotted(node.func) == f"{first.target}.chunk"
-        and [module.source(argument) for argument in node.args] == ["2"]
-        for part in between
-        for node in find(part, cst.Call)
-    )
-    return loop.calls[:1] if halves else loop.calls
+    return tuple(call for call in loop.calls if _is_halved(module, loop, call))
+
+
+def _is_halved(
+    module: ParsedModule, loop: DenoisingLoop, call: TransformerCall
+) -> bool:
+    """Whether the batch of a call's output is cut in two below the call."""
+    derived = set(writes(module, call.statement))
+    for part in _after(module, loop, call.statement):
+        for line in find(part, cst.SimpleStatementLine):
+            if not reads(module, line) & derived:
+                continue
+            derived |= writes(module, line)
+            for node in find(line, cst.Call):
+                if (
+                    isinstance(node.func, cst.Attribute)
+                    and node.func.attr.value == "chunk"
+                ):
+                    arguments = [module.source(argument) for argument in node.args]
+                    source = reads(module, node.func.value)
+                    if arguments in (["2"], ["2", "dim=0"]) and source & derived:
+                        return True
+    return False
 
 
 def _exclusive(module: ParsedModule, calls: Sequence[TransformerCall]) -> bool:

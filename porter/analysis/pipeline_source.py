@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import libcst as cst
 
 from porter.analysis.denoising import DenoisingLoop, TransformerCall
+from porter.analysis.jumps import sorted_jumps, statements
 from porter.analysis.patches import unfit_for_patches
 from porter.analysis.pipeline_modes import cfg_style
 from porter.errors import Refusal
@@ -33,8 +34,9 @@ class PipelineSource:
         parameters: names of `__call__`'s parameters.
         denoising: the loop.
         denoisers: dotted names under which `__call__` calls a transformer.
-        cfg_style: "batched" (one call), "sequential" (two) or "none": what the source
-            admits; whether guidance is there at all is for the probe to say.
+        cfg_style: "batched" (one call), "sequential" (two), "entries" (one for each entry
+            of a guider) or "none": what the source admits; whether guidance is there at
+            all is for the probe to say.
         refused_modes: mode to the reason, with file:line, why this port lacks it.
     """
 
@@ -63,15 +65,6 @@ class PipelineSource:
         """The statements of `__call__` below the one that holds the loop."""
         body = list(self.body)
         return body[body.index(self.denoising.outer) + 1 :]
-
-
-def statements(block: cst.BaseSuite) -> list[Statement]:
-    """The statements of an indented block."""
-    return [
-        part
-        for part in block.body
-        if isinstance(part, cst.SimpleStatementLine | cst.BaseCompoundStatement)
-    ]
 
 
 def analyse_pipeline(
@@ -166,15 +159,12 @@ def _dissect(
     )
     inside = tuple(body[1 if interrupt else 0 : cut])
     latents, in_place = _latents(module, class_name, loop, inside)
+    jumps: list[cst.Continue | cst.Break] = []
     for jump in (*find(loop.body, cst.Continue), *find(loop.body, cst.Break)):
-        if interrupt is not None and interrupt in module.ancestors(jump):
-            continue
-        if module.ancestors(jump) and _innermost_loop(module, jump) is loop:
-            raise Refusal(
-                f"a {module.source(jump)} in the denoising loop of {class_name}",
-                expected="every pass to reach the end of the loop's body",
-                where=module.where(jump),
-            )
+        inside_check = interrupt is not None and interrupt in module.ancestors(jump)
+        if not inside_check and _innermost_loop(module, jump) is loop:
+            jumps.append(jump)
+    kinds = sorted_jumps(module, jumps, inside, body[cut:], latents)
     frame: Statement = loop
     for above in module.ancestors(loop):
         if isinstance(above, cst.With) and loop in statements(above.body):
@@ -200,6 +190,8 @@ def _dissect(
             for node in calls
             if loop in module.ancestors(node)
         ),
+        skips=kinds.skips,
+        stops=kinds.stops,
     )
 
 

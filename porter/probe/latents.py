@@ -6,7 +6,7 @@ a stream differs from the plain run exactly where the changed latents reach it d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +37,51 @@ class Place:
     start: int
     stop: int
     length: int
+
+    @property
+    def context(self) -> str | None:
+        """Where the other tokens stand: "before", "after", "" without any, None: on both
+        sides."""
+        sides = (self.start > 0, self.stop < self.length)
+        kinds = {
+            (False, False): "",
+            (True, False): "before",
+            (False, True): "after",
+        }
+        return kinds.get(sides)
+
+
+def place_in_runs(
+    probes: Sequence[LatentProbe],
+    blocks: str,
+    name: str,
+    dim: int,
+    lengths: Sequence[int],
+) -> str | None:
+    """Where other tokens than the latents' stand in stream `name`, over several runs.
+
+    Some models fill a stream up to a multiple of tokens, so that other tokens are there
+    at some sizes alone: a run whose length is out of proportion is looked at, too.
+
+    Returns:
+        "before", "after", "" where there are none, or None where the latents do not stand
+        in one piece at one end of the stream.
+    """
+    first = probes[0].place(blocks, name, dim)
+    if first is None or first.length != lengths[0]:
+        return None
+    places = [first]
+    for probe, length in zip(probes[1:], lengths[1:], strict=True):
+        tokens = (first.stop - first.start) * probe.extent
+        if first.context == "" and length * probes[0].extent != tokens:
+            place = probe.place(blocks, name, dim)
+            if place is None:
+                return None
+            places.append(place)
+    found = {place.context for place in places} - {""}
+    if None in found or len(found) > 1:
+        return None
+    return found.pop() if found else ""
 
 
 class LatentProbe:
@@ -71,6 +116,11 @@ class LatentProbe:
             ("", None),
         )
         self._seen: dict[tuple[int, int, int] | None, Streams] = {}
+
+    @property
+    def extent(self) -> int:
+        """Numbers in the latents."""
+        return 0 if self._latents is None else self._latents.numel()
 
     def place(self, blocks: str, name: str, dim: int) -> Place | None:
         """Where the latents stand in stream `name`, whose tokens lie along `dim`.

@@ -16,7 +16,7 @@ from porter.errors import Refusal
 from porter.parsed import ParsedModule
 from porter.probe.axes import AxisSolver
 from porter.probe.capture import TransformerCall
-from porter.probe.latents import LatentProbe
+from porter.probe.latents import LatentProbe, place_in_runs
 from porter.probe.loop_runs import LoopRun, run_loops, run_swapped
 from porter.probe.provenance import KeyOrigins, Leaf, Rows, runs_of
 
@@ -57,7 +57,7 @@ def probe_transformer(
     attention: dict[str, tuple[str, ...]] = {}
     queries: dict[str, tuple[str, ...]] = {}
     processors: dict[str, None] = {}
-    tokens = LatentProbe(model, source, forward, loops, calls[0])
+    tokens = [LatentProbe(model, source, forward, loops, call) for call in calls]
     for loop in loops:
         seen = [run[loop.blocks] for run in runs if loop.blocks in run]
         if len(seen) != len(calls):
@@ -119,7 +119,7 @@ class _LoopProbe:
         loop: BlockLoop,
         runs: Sequence[LoopRun],
         variants: Sequence[Variant],
-        tokens: LatentProbe,
+        tokens: Sequence[LatentProbe],
         padded: Sequence[LoopRun],
         trace: Trace,
     ) -> None:
@@ -294,14 +294,10 @@ class _LoopProbe:
         if len(streams) != 1:
             return None, None
         (name,) = streams
-        place = self._tokens.place(self._loop.blocks, name, axes[name, ""])
-        if place is None or place.length != lengths[name][0]:
-            return None, None
-        if place.stop - place.start == place.length:
-            return name, None
-        if place.start > 0 and place.stop < place.length:
-            return None, None
-        return name, "before" if place.start > 0 else "after"
+        found = place_in_runs(
+            self._tokens, self._loop.blocks, name, axes[name, ""], lengths[name]
+        )
+        return (None, None) if found is None else (name, found or None)
 
     def _rows(
         self, latents: str | None, axes: Mapping[Leaf, int]
@@ -309,7 +305,7 @@ class _LoopProbe:
         """The latents' dimensions that count tokens, in the order of the stream."""
         if latents is None:
             return ()
-        return self._tokens.rows(self._loop.blocks, latents, axes[latents, ""])
+        return self._tokens[0].rows(self._loop.blocks, latents, axes[latents, ""])
 
     def _streams_by_path(
         self, rows_by_path: Mapping[str, Rows], what: str

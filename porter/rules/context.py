@@ -19,8 +19,11 @@ class PipelineContext:
     @property
     def cfg_style(self) -> str:
         """How guidance is split; "none" unless source and measurement agree."""
-        agree = self.source.cfg_style == self.facts.cfg_style
-        return self.source.cfg_style if agree else "none"
+        # A guider's entries are calls one after the other, too.
+        shown = {"entries": "sequential"}.get(
+            self.source.cfg_style, self.source.cfg_style
+        )
+        return self.source.cfg_style if shown == self.facts.cfg_style else "none"
 
     @property
     def refused_modes(self) -> Mapping[str, str]:

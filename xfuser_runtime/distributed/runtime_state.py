@@ -70,6 +70,7 @@ class RuntimeState:
         latent_slice: this pass's region of the latents, None for a whole pass.
         cfg_batch_is_split: the doubled batch holds this rank's guidance branch only.
         cfg_branches_are_split: this rank makes only one of two sequential guidance calls.
+        cfg_entry_is_skipped: another rank computes the guider's entry whose turn it is.
         has_symmetric_memory: the ranks of the Ulysses group can write to each other's memory.
         workspaces: such memory, by use, size and type.
     """
@@ -147,12 +148,18 @@ class RuntimeState:
         self._patch_dim, self._patch_extent = 0, 0
         self.cfg_batch_is_split = False
         self.cfg_branches_are_split = False
+        self.cfg_entry_is_skipped = False
         self.start_pass(step=-1, patch=None)
 
     @property
     def needs_patch_borders(self) -> bool:
         """True in a loop with patches while no region has set their borders."""
         return self.num_patches > 1 and self._row_borders is None
+
+    @property
+    def patch_dim(self) -> int:
+        """Dimension of the latents whose slices are the patches; known from the first region on."""
+        return self._patch_dim
 
     def adopt_patch_borders(self, layout: TokenLayout, dim: int, extent: int) -> None:
         """Take the patches' region of the latents from this call's first region.

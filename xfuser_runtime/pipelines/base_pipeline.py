@@ -29,7 +29,7 @@ from xfuser_runtime.distributed.launch import prepare_environment
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
 from xfuser_runtime.errors import InputError
 from xfuser_runtime.layers.attention import reset_kv_caches
-from xfuser_runtime.pipelines import cfg
+from xfuser_runtime.pipelines import cfg, guiders
 from xfuser_runtime.pipelines.components import wrapped_transformers
 from xfuser_runtime.pipelines.data_parallel import enable_data_parallel
 from xfuser_runtime.pipelines.denoising_loop import DenoisingLoop
@@ -174,6 +174,10 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
             )
         return self._loop.commit(before, latents)
 
+    def _skip_patch(self, latents: torch.Tensor) -> torch.Tensor:
+        """The latents after a pass that the loop leaves out: as they were received."""
+        return self._loop.commit(latents, latents)
+
     def _step_is_complete(self) -> bool:
         """True in the last pass of a step: callbacks and the progress bar run once a step."""
         return self._loop.step_is_complete
@@ -216,6 +220,21 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
     def _cfg_exchange_branches(self, first: Any, second: Any) -> Any:
         """The outputs of both branches on both ranks; see `cfg.exchange_branches`."""
         return cfg.exchange_branches(first, second)
+
+    def _cfg_entries(self, items: Iterable[Any], attribute: str) -> Iterator[Any]:
+        """A guider's entries, each computed by one CFG rank; see `guiders.entries`."""
+        yield from guiders.entries(items, attribute)
+
+    def _cfg_entry_call(self, transformer: Any) -> Callable[..., Any]:
+        """The transformer call for one entry; see `guiders.entry_call`."""
+        return guiders.entry_call(transformer)
+
+    def _check_guider(self, guider: Any) -> None:
+        """Refuse a guider that does not split, once a call; see `guiders.check_guider`."""
+        state = get_runtime_state()
+        if state.step == 0:
+            dim = state.patch_dim if state.num_patches > 1 else None
+            guiders.check_guider(guider, state.num_steps, dim)
 
     @property
     def _loop(self) -> DenoisingLoop:

@@ -108,9 +108,14 @@ def branch_call(transformer: Any, branch: int, other_runs: bool) -> Callable[...
         return transformer  # type: ignore[no-any-return]
     if parallel_state.get_classifier_free_guidance_rank() == branch:
         return transformer  # type: ignore[no-any-return]
+    return skipped_call(transformer)
+
+
+def skipped_call(transformer: Any) -> Callable[..., Any]:
+    """A call that the other CFG rank makes: zeros of the output's shape."""
 
     def skipped(*args: Any, **kwargs: Any) -> Any:
-        state.enter_transformer_call()
+        get_runtime_state().enter_transformer_call()
         return wrapped_transformer(transformer).output_template(args, kwargs).zeros()
 
     return skipped
@@ -125,6 +130,15 @@ def exchange_branches(first: torch.Tensor, second: torch.Tensor) -> Any:
     state = get_runtime_state()
     if not state.cfg_branches_are_split or not parallel_state.is_pipeline_last_stage():
         return first, second
+    return exchange(first, second)
+
+
+def exchange(first: torch.Tensor, second: torch.Tensor) -> Any:
+    """Both tensors on both CFG ranks, where each has made one of them.
+
+    Raises:
+        ValueError: when they have different shapes.
+    """
     if first.shape != second.shape:
         raise ValueError(
             f"outputs of shapes {tuple(first.shape)} and {tuple(second.shape)} of the two "

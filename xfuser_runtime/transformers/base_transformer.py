@@ -252,9 +252,13 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             held = self._wrapping.templates[key] = template_of(module(*inputs))
         return first_tensor(held.zeros())
 
-    def _zero_output(self) -> torch.Tensor:
-        """Zeros of the final output's shape, on a stage that is not the last."""
-        return first_tensor(self._wrapping.template.zeros())
+    def _zero_output(self) -> Any:
+        """Zeros of the final output's shape, on a stage that is not the last: one tensor, or
+        the list of one tensor a sample that some models return."""
+        output = self._wrapping.template.zeros()
+        if isinstance(output, Mapping):
+            output = tuple(output.values())
+        return output[0] if isinstance(output, tuple) else output
 
     def finish_sends(self) -> None:
         """Wait until the next stage has what this one handed over."""

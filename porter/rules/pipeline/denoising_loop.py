@@ -5,15 +5,18 @@ Landmark: the loop calls the transformer and steps the scheduler; the tail stand
           the last step of the scheduler.
 Emit:     an iterator of warm-up passes and of patch passes, the receive at the top of the
           body (below the interrupt check) and the commit above the tail, which runs once
-          a step.
+          a step.  Where a test leaves a step out by `continue`, its pass hands over the
+          latents as they are; before a `break` on interruption all ranks agree on it.
 Manual:   1.1 step 4. The manual moves the loop's body into the base class; here it stays
           in its frame, because callbacks read `locals()`, and its iterator does the work.
 """
 
 from __future__ import annotations
 
+import libcst as cst
+
 from porter.analysis.denoising import DenoisingLoop
-from porter.analysis.pipeline_source import CALLBACKS
+from porter.analysis.pipeline_source import CALLBACKS, statements
 from porter.errors import RuleError
 from porter.parsed import ParsedModule
 from porter.rules.base import Edit, Rule
@@ -21,6 +24,7 @@ from porter.rules.context import PipelineContext
 
 _BEFORE = "latents_before_pass"
 _WARMUP = "num_pipeline_warmup_steps"
+_TAIL = "if not self._step_is_complete():\n    continue"
 
 
 class DenoisingLoopPasses(Rule[PipelineContext]):
@@ -61,7 +65,20 @@ class DenoisingLoopPasses(Rule[PipelineContext]):
             ),
             self._receive(module, loop),
             self._commit(module, loop),
+            *(self._skip(module, loop, test) for test in loop.skips),
+            *(
+                self.insert_before(
+                    module, test, "self._agree_to_interrupt()", at=loop.loop
+                )
+                for test in loop.stops
+            ),
         ]
+
+    def _skip(self, module: ParsedModule, loop: DenoisingLoop, test: cst.If) -> Edit:
+        """A pass that is left out hands over what it received."""
+        name = loop.latents
+        text = f"{name} = self._skip_patch({name})\n{_TAIL}"
+        return self.insert_before(module, statements(test.body)[0], text, at=loop.loop)
 
     def _receive(self, module: ParsedModule, loop: DenoisingLoop) -> Edit:
         name = loop.latents
@@ -82,5 +99,5 @@ class DenoisingLoopPasses(Rule[PipelineContext]):
             return self.insert_after(
                 module, loop.body[-1], commit, at=loop.loop, blank=True
             )
-        text = f"{commit}\nif not self._step_is_complete():\n    continue"
+        text = f"{commit}\n{_TAIL}"
         return self.insert_before(module, loop.tail[0], text, at=loop.loop, blank=True)

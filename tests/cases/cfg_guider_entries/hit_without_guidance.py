@@ -1,0 +1,61 @@
+# facts: {"cfg_style": "none", "cfg_axes": {}}
+class ToyPipeline(DiffusionPipeline):
+    def __init__(self, transformer, scheduler, vae):
+        super().__init__()
+
+    @torch.no_grad()
+    def __call__(self, prompt=None, num_inference_steps=8, output_type="pil"):
+        batch_size = len(prompt)
+        timesteps = self.scheduler.timesteps
+        latents = self.prepare_latents(batch_size)
+
+        # the loop
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                entries = guider.prepare_inputs(prompt_embeds)
+                for entry in entries:
+                    noise_pred = self.transformer(latents, entry.prompt_embeds)[0]
+                    entry.noise_pred = noise_pred
+                noise_pred = guider(entries)[0]
+                latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
+
+                progress_bar.update()
+
+        if output_type == "latent":
+            return latents
+
+        # back to pixels
+        image = self.vae.decode(latents)
+        self.maybe_free_model_hooks()
+        return image
+# output
+class ToyPipeline(DiffusionPipeline):
+    def __init__(self, transformer, scheduler, vae):
+        super().__init__()
+
+    @torch.no_grad()
+    def __call__(self, prompt=None, num_inference_steps=8, output_type="pil"):
+        batch_size = len(prompt)
+        timesteps = self.scheduler.timesteps
+        latents = self.prepare_latents(batch_size)
+
+        # the loop
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                entries = guider.prepare_inputs(prompt_embeds)
+                for entry in entries:
+                    noise_pred = self.transformer(latents, entry.prompt_embeds)[0]
+                    entry.noise_pred = noise_pred
+                self._check_guider(guider)
+                noise_pred = guider(entries)[0]
+                latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
+
+                progress_bar.update()
+
+        if output_type == "latent":
+            return latents
+
+        # back to pixels
+        image = self.vae.decode(latents)
+        self.maybe_free_model_hooks()
+        return image
