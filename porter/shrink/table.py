@@ -47,6 +47,8 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
         },
         # None by default: the glyph encoder's stream, which the pipeline always feeds.
         "transformer": {"text_embed_2_dim": 32},
+        # Optional, but released checkpoints have it, and without it nothing is guided.
+        "guider": {"class": "diffusers:AdaptiveProjectedMixGuidance"},
     },
     # A solver for noise prediction by default, on a model that predicts the flow.
     "SanaPipeline": {
