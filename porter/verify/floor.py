@@ -99,10 +99,13 @@ def permuted_keys(call: AttentionCall) -> torch.Tensor:
 
 
 def lost_keys(call: AttentionCall) -> torch.Tensor:
-    """Sabotage: self attention sees the first half of its keys alone."""
+    """Sabotage: self attention sees every second of its keys alone.
+
+    Not the first half: the other one may be padding that masks hide anyway.
+    """
     if call.is_causal or call.query.shape[-2] != call.key.shape[-2]:
         return call.run()
-    half = torch.arange((call.key.shape[-2] + 1) // 2, device=call.key.device)
+    half = torch.arange(0, call.key.shape[-2], 2, device=call.key.device)
     return call.select_keys(half).run()
 
 
