@@ -52,9 +52,17 @@ def _recorder(name: str, calls: list[TransformerCall]) -> Any:
 
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
         arguments = dict(list(bound.arguments.items())[1:])
-        calls.append(TransformerCall(name, arguments))
+        calls.append(TransformerCall(name, copied(arguments)))
 
     return record
+
+
+def copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments whose dicts and lists a `forward` may change."""
+    return {
+        name: type(value)(value) if type(value) in (dict, list) else value
+        for name, value in arguments.items()
+    }
 
 
 @contextmanager

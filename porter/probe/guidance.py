@@ -34,24 +34,23 @@ def measure_guidance(pipeline: Any, kwargs_of: KwargsOf) -> tuple[str, Axes]:
         ("batched", axes by argument path), ("sequential", {}), or ("none", {}) where
         nothing is doubled or stock does not run at all of these batch sizes.
     """
-    try:
-        on = {BATCHES[0]: _calls(pipeline, kwargs_of, BATCHES[0], True)}
-        off = {BATCHES[0]: _calls(pipeline, kwargs_of, BATCHES[0], False)}
-        if _makes_two_calls(on[BATCHES[0]], off[BATCHES[0]]):
-            return "sequential", {}
-        for batch in BATCHES[1:]:
-            on[batch] = _calls(pipeline, kwargs_of, batch, True)
+    on: dict[int, tuple[TransformerCall, ...]] = {}
+    off: dict[int, tuple[TransformerCall, ...]] = {}
+    for batch in BATCHES:
+        try:
+            guided = _calls(pipeline, kwargs_of, batch, True)
             off[batch] = _calls(pipeline, kwargs_of, batch, False)
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        # Stock itself fails at some batch size: which axes are doubled cannot be told.
-        return "none", {}
-    if any(_counted(on[b]) != _counted(off[b]) for b in BATCHES):
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            # Stock itself fails at this batch size.
+            continue
+        on[batch] = guided
+        if batch == BATCHES[0] and _makes_two_calls(on[batch], off[batch]):
+            return "sequential", {}
+    if BATCHES[0] not in on or any(_counted(on[b]) != _counted(off[b]) for b in on):
         return "none", {}
     # What the step is made of: a ControlNet, say, is called before.
-    axes = _doubled(
-        "",
-        [on[b][-1].arguments for b in BATCHES],
-        [off[b][-1].arguments for b in BATCHES],
+    axes = _Doubling(tuple(on)).axes(
+        "", [on[b][-1].arguments for b in on], [off[b][-1].arguments for b in on]
     )
     return ("batched", axes) if axes else ("none", {})
 
@@ -79,50 +78,90 @@ def _calls(
     return first_step_calls(pipeline, kwargs_of(batch_size=batch, guidance=guidance))
 
 
-def _doubled(path: str, on: _Values, off: _Values) -> Axes:
-    """Doubled axes in a nested argument: on[k] and off[k] are its values at BATCHES[k]."""
-    every = [*on, *off]
-    if all(isinstance(value, torch.Tensor) for value in every):
-        axis = _doubled_axis([v.shape for v in on], [v.shape for v in off])
-        return {} if axis is None else {path: axis}
-    if all(isinstance(value, Mapping) for value in every):
-        keys = [k for k in on[0] if all(k in value for value in every)]
-        return _joined(path, keys, on, off)
-    if all(isinstance(value, (list, tuple)) for value in every):
-        if _is_doubled([len(v) for v in on], [len(v) for v in off]):
+class _Doubling:
+    """Finds doubled axes in nested arguments.
+
+    Args:
+        batches: the batch sizes of the calls.
+    """
+
+    def __init__(self, batches: Sequence[int]) -> None:
+        self._batches = batches
+
+    def axes(self, path: str, on: _Values, off: _Values) -> Axes:
+        """Doubled axes: on[k] and off[k] are an argument's values at batch size k.
+
+        A value may be missing (None) in some calls, as a mask of padded texts is, if two
+        calls with guidance and one without have it.
+        """
+        every = [value for value in (*on, *off) if value is not None]
+        needed = min(2, len(self._batches))
+        if sum(v is not None for v in on) < needed or all(v is None for v in off):
+            return {}
+        if all(isinstance(value, torch.Tensor) for value in every):
+            axis = self._axis([_shape(v) for v in on], [_shape(v) for v in off])
+            return {} if axis is None else {path: axis}
+        if all(isinstance(value, Mapping) for value in every):
+            keys = dict.fromkeys(key for value in every for key in value)
+            return self._joined(path, list(keys), on, off)
+        if all(isinstance(value, (list, tuple)) for value in every):
+            return self._of_list(path, on, off, {len(value) for value in every})
+        return {}
+
+    def _of_list(self, path: str, on: _Values, off: _Values, lengths: set[int]) -> Axes:
+        if self._is_doubled([_length(v) for v in on], [_length(v) for v in off]):
             return {path: ITEMS}
-        if len({len(value) for value in every}) == 1:
-            found = _joined(path, range(len(on[0])), on, off)
-            kinds = set(found.values())
-            # The items of a list are most often alike: then its name stands for all.
-            return (
-                {path: kinds.pop()}
-                if len(found) == len(on[0]) and len(kinds) == 1
-                else found
+        if len(lengths) > 1:
+            return {}
+        (length,) = lengths
+        found = self._joined(path, range(length), on, off)
+        kinds = set(found.values())
+        # The items of a list are most often alike: then its name stands for all.
+        alike = len(found) == length and len(kinds) == 1
+        return {path: kinds.pop()} if alike else found
+
+    def _joined(
+        self, path: str, keys: Sequence[Any], on: _Values, off: _Values
+    ) -> Axes:
+        found: Axes = {}
+        for key in keys:
+            inner = f"{path}.{key}" if path else str(key)
+            found |= self.axes(
+                inner, [_item(v, key) for v in on], [_item(v, key) for v in off]
             )
-    return {}
+        return found
+
+    def _axis(
+        self,
+        on: Sequence[tuple[int, ...] | None],
+        off: Sequence[tuple[int, ...] | None],
+    ) -> int | None:
+        dims = min(len(shape) for shape in (*on, *off) if shape is not None)
+        for axis in range(dims):
+            if self._is_doubled(
+                [_item(shape, axis) for shape in on],
+                [_item(shape, axis) for shape in off],
+            ):
+                return axis
+        return None
+
+    def _is_doubled(self, on: Sequence[int | None], off: Sequence[int | None]) -> bool:
+        """True for 2B rows with guidance and B without, wherever there is a value."""
+        return all(
+            two in (None, 2 * batch) and one in (None, batch)
+            for batch, two, one in zip(self._batches, on, off, strict=True)
+        )
 
 
-def _joined(path: str, keys: Sequence[Any], on: _Values, off: _Values) -> Axes:
-    found: Axes = {}
-    for key in keys:
-        inner = f"{path}.{key}" if path else str(key)
-        found |= _doubled(inner, [v[key] for v in on], [v[key] for v in off])
-    return found
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return None if value is None else tuple(value.shape)
 
 
-def _doubled_axis(
-    on: Sequence[tuple[int, ...]], off: Sequence[tuple[int, ...]]
-) -> int | None:
-    dims = min(len(shape) for shape in (*on, *off))
-    for axis in range(dims):
-        if _is_doubled([shape[axis] for shape in on], [shape[axis] for shape in off]):
-            return axis
-    return None
+def _length(value: Any) -> int | None:
+    return None if value is None else len(value)
 
 
-def _is_doubled(on: Sequence[int], off: Sequence[int]) -> bool:
-    return all(
-        (two, one) == (2 * batch, batch)
-        for batch, two, one in zip(BATCHES, on, off, strict=True)
-    )
+def _item(value: Any, key: Any) -> Any:
+    if value is None or (isinstance(value, Mapping) and key not in value):
+        return None
+    return value[key]

@@ -16,7 +16,7 @@ from torch import nn
 
 from porter.analysis.block_loops import BlockLoop
 from porter.parsed import ParsedModule
-from porter.probe.capture import TransformerCall
+from porter.probe.capture import TransformerCall, copied
 from porter.probe.instrument import Probes, instrumented_forward
 from porter.probe.leaves import tensor_leaves
 from porter.verify.hooks import AttentionCall, replaced_attention
@@ -235,12 +235,8 @@ class LatentProbe:
         function = instrumented_forward(
             self._source, self._forward, self._loops, self._model, Probes(report)
         )
-        copied = {
-            name: dict(value) if isinstance(value, dict) else value
-            for name, value in arguments.items()
-        }
         with torch.no_grad(), replaced_attention(_zeros):
-            function(**copied)
+            function(**copied(arguments))
         return seen
 
 

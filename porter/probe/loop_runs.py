@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from porter.analysis.block_loops import BlockLoop
 from porter.parsed import ParsedModule
-from porter.probe.capture import TransformerCall
+from porter.probe.capture import TransformerCall, copied
 from porter.probe.instrument import Probes, instrumented_forward
 from porter.probe.leaves import leaf_shapes
 
@@ -65,7 +65,7 @@ def run_loops(
         source, forward, loops, model, Probes(before, inside)
     )
     with torch.no_grad():
-        function(**_copied(call.arguments))
+        function(**copied(call.arguments))
     return seen
 
 
@@ -83,12 +83,4 @@ def run_swapped(
         swap=lambda blocks, name, value: swap(name, value),
     )
     function = instrumented_forward(source, forward, (loop,), model, probes)
-    function(**_copied(call.arguments))
-
-
-def _copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments whose dicts and lists a `forward` may change."""
-    return {
-        name: type(value)(value) if type(value) in (dict, list) else value
-        for name, value in arguments.items()
-    }
+    function(**copied(call.arguments))
