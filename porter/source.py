@@ -152,6 +152,11 @@ def _public_pipelines() -> list[str]:
     return sorted({n for n in names if n.endswith("Pipeline") and n.isidentifier()})
 
 
+def is_transformer(name: str) -> bool:
+    """Whether a component of this name is a denoising transformer."""
+    return "transformer" in name
+
+
 def denoiser_parameters(node: ast.ClassDef) -> dict[str, str]:
     """Parameters of `__init__` that hold a transformer, with their annotations."""
     for part in node.body:
@@ -159,7 +164,7 @@ def denoiser_parameters(node: ast.ClassDef) -> dict[str, str]:
             return {
                 arg.arg: ast.unparse(arg.annotation) if arg.annotation else ""
                 for arg in (*part.args.args, *part.args.kwonlyargs)
-                if "transformer" in arg.arg
+                if is_transformer(arg.arg)
             }
     return {}
 

@@ -101,11 +101,13 @@ class PipelineFacts:
         cfg_axes: for a batched call, the axis that guidance doubles of each argument, or
             ITEMS for a list of one item a picture.
         transformers: facts by component name.
+        helpers: other models that a step calls (a ControlNet); every rank runs them whole.
     """
 
     cfg_style: str
     cfg_axes: Mapping[str, int | str]
     transformers: Mapping[str, TransformerFacts]
+    helpers: tuple[str, ...] = ()
 
 
 def to_json(facts: Any) -> Any:
@@ -121,6 +123,7 @@ def facts_from_json(data: Mapping[str, Any]) -> PipelineFacts:
         transformers={
             name: _transformer(item) for name, item in data["transformers"].items()
         },
+        helpers=tuple(data.get("helpers", ())),
     )
 
 
@@ -154,7 +157,15 @@ def _loop(data: Mapping[str, Any]) -> LoopFacts:
 def _axes(data: Mapping[str, Any]) -> dict[str, tuple[TokenAxis, ...]]:
     return {
         name: tuple(
-            TokenAxis(**{**axis, "streams": tuple(axis["streams"])}) for axis in axes
+            TokenAxis(
+                axis["dim"],
+                tuple(axis["streams"]),
+                axis["item"],
+                axis["keys"],
+                axis["ndim"],
+                axis["optional"],
+            )
+            for axis in axes
         )
         for name, axes in data.items()
     }

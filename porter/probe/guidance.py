@@ -15,6 +15,7 @@ import torch
 
 from porter.analysis.facts import ITEMS
 from porter.probe.capture import TransformerCall, first_step_calls
+from porter.source import is_transformer
 
 BATCHES = (1, 2, 3)
 KwargsOf = Callable[..., Mapping[str, Any]]
@@ -24,7 +25,7 @@ _Values = Sequence[Any]
 
 
 def measure_guidance(pipeline: Any, kwargs_of: KwargsOf) -> tuple[str, Axes]:
-    """The style of guidance and, for a batched call, the doubled axes.
+    """The style of guidance of the transformers' calls and, for a batched call, the doubled axes.
 
     Args:
         pipeline: the shrunken stock pipeline.
@@ -48,7 +49,6 @@ def measure_guidance(pipeline: Any, kwargs_of: KwargsOf) -> tuple[str, Axes]:
             return "sequential", {}
     if BATCHES[0] not in on or any(_counted(on[b]) != _counted(off[b]) for b in on):
         return "none", {}
-    # What the step is made of: a ControlNet, say, is called before.
     axes = _Doubling(tuple(on)).axes(
         "", [on[b][-1].arguments for b in on], [off[b][-1].arguments for b in on]
     )
@@ -75,7 +75,8 @@ def _counted(calls: Sequence[TransformerCall]) -> Counter[str]:
 def _calls(
     pipeline: Any, kwargs_of: KwargsOf, batch: int, guidance: bool
 ) -> tuple[TransformerCall, ...]:
-    return first_step_calls(pipeline, kwargs_of(batch_size=batch, guidance=guidance))
+    calls = first_step_calls(pipeline, kwargs_of(batch_size=batch, guidance=guidance))
+    return tuple(call for call in calls if is_transformer(call.component))
 
 
 class _Doubling:

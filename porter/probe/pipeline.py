@@ -15,6 +15,7 @@ from porter.probe.guidance import Axes, measure_guidance
 from porter.probe.stock import upstream_runs
 from porter.probe.transformer import BATCHED, probe_transformer
 from porter.shrink import call_kwargs, image_sizes, make_checkpoint
+from porter.source import is_transformer
 
 VARIANTS = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1))
 """(image size, text) of the runs, as indices."""
@@ -47,14 +48,15 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
             [calls[name] for calls in batched if name in calls],
         )
         for name in runs[0]
-        if all(name in calls for calls in runs)
+        if is_transformer(name) and all(name in calls for calls in runs)
     }
     if not transformers:
         raise Refusal(
             f"{pipeline_class.__name__} calls no transformer in its first step",
             expected="a denoising transformer",
         )
-    return PipelineFacts(cfg_style=style, cfg_axes=axes, transformers=transformers)
+    helpers = tuple(name for name in runs[0] if not is_transformer(name))
+    return PipelineFacts(style, axes, transformers, helpers)
 
 
 def _measured_runs(

@@ -37,6 +37,13 @@ class PipelineContext:
                 "sequential": "two calls were measured, not what the source shows",
             }
             refused["cfg"] = f"{where}: {seen[self.facts.cfg_style]}"
+        for mode in ("pp", "pipefusion") if self.facts.helpers else ():
+            where = self.source.module.where(self.source.denoising.calls[0].call)
+            refused.setdefault(
+                mode,
+                f"{where}: each step also calls {', '.join(self.facts.helpers)}, on latents "
+                "that one stage holds",
+            )
         if "pipefusion" not in refused and (blocks := self._uncut()):
             where = self.source.module.where(self.source.denoising.calls[0].call)
             refused["pipefusion"] = (

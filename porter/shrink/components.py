@@ -46,7 +46,9 @@ class Components:
         # Tokenizers first: encoders take the vocabulary from them.
         for name in sorted(self.hints, key=lambda name: not _is_tokenizer(name)):
             required = parameters[name].default is inspect.Parameter.empty
-            left_out = name in table.LEFT_OUT and not required
+            left_out = name in table.LEFT_OUT and not (
+                required and self._is_component(name)
+            )
             if left_out and not (self._stand_in(name) or name in self.changes):
                 self.built[name] = None
             elif self._is_component(name):
