@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +17,29 @@ from porter.verify.hooks import denoisers
 
 @dataclass(frozen=True)
 class TransformerCall:
-    """One call: the component and its arguments by parameter name."""
+    """One call of a denoiser.
+
+    Attributes:
+        component: its name in the pipeline.
+        arguments: by parameter name.
+        sample: what the first scheduler step takes after it; None before one is known.
+    """
 
     component: str
     arguments: Mapping[str, Any]
+    sample: torch.Tensor | None = None
 
 
 class _FirstStepDone(Exception):
-    """Ends the pipeline's run once the first step's calls are known."""
+    """Ends the pipeline's run once the first step's calls are known.
+
+    Attributes:
+        sample: what the scheduler was given to step.
+    """
+
+    def __init__(self, sample: Any) -> None:
+        super().__init__()
+        self.sample = sample
 
 
 def first_step_calls(
@@ -38,8 +55,9 @@ def first_step_calls(
     try:
         with torch.no_grad(), _stop_at_step(pipeline.scheduler):
             pipeline(**kwargs)
-    except _FirstStepDone:
-        pass
+    except _FirstStepDone as done:
+        if isinstance(done.sample, torch.Tensor):
+            calls = [replace(call, sample=done.sample) for call in calls]
     finally:
         for handle in handles:
             handle.remove()
@@ -48,8 +66,6 @@ def first_step_calls(
 
 def _recorder(name: str, calls: list[TransformerCall]) -> Any:
     def record(module: nn.Module, args: Any, kwargs: Any) -> None:
-        import inspect
-
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
         arguments = dict(list(bound.arguments.items())[1:])
         calls.append(TransformerCall(name, copied(arguments)))
@@ -68,13 +84,12 @@ def copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _stop_at_step(scheduler: Any) -> Iterator[None]:
     """`scheduler.step` ends the run; its signature stays readable for pipelines that look."""
-    import functools
-
     original = scheduler.step
 
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
-        raise _FirstStepDone
+        bound = inspect.signature(original).bind(*args, **kwargs)
+        raise _FirstStepDone(bound.arguments.get("sample"))
 
     scheduler.step = step
     try:

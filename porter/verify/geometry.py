@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from porter.verify.hooks import AttentionCall, replaced_attention
+from porter.verify.window import Window, find_window
 
 
 class OracleRefusal(ValueError):
@@ -77,6 +78,8 @@ class TokenProbe:
             or a list of one tensor a sample.
         skip: tells whether the attention call that is being made stands outside the
             block loops (a refiner), where the port runs whole.
+        sample: what the loop hands to the scheduler, where that is known: only these
+            latents have rows, what the denoiser takes beside them has none.
 
     Raises:
         OracleRefusal: the first parameter is neither.
@@ -88,6 +91,7 @@ class TokenProbe:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
         skip: Callable[[], bool] = lambda: False,
+        sample: torch.Tensor | None = None,
     ) -> None:
         self._module = module
         self._bound = inspect.signature(module.forward).bind(*args, **kwargs)
@@ -105,8 +109,14 @@ class TokenProbe:
                 f"{type(module).__name__} takes its latents as "
                 f"{type(latents).__name__}, expected one tensor or a list of tensors"
             )
-        self.latents = latents
+        self._given = latents
+        self._window = find_window(latents, sample) or Window(1, 0, latents.shape[1])
         self._base = self._trace(latents)
+
+    @property
+    def latents(self) -> torch.Tensor:
+        """The loop's latents as the denoiser takes them."""
+        return self._window.of(self._given)
 
     def touched(
         self, axis: int, start: int, stop: int, *, sites: int | None = None
@@ -117,8 +127,8 @@ class TokenProbe:
             axis, start, stop: the region of the latents.
             sites: stop after this many attention calls; None goes through all.
         """
-        changed = self.latents.clone()
-        region = changed.narrow(axis, start, stop - start)
+        changed = self._given.clone()
+        region = self._window.of(changed).narrow(axis, start, stop - start)
         noise = torch.randn(
             region.shape, generator=torch.Generator().manual_seed(0)
         ).to(region)

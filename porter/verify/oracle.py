@@ -104,15 +104,16 @@ class _Simulation:
         self._patch: int | None = None
         self._in_pass = False
         self._steps_in_pass = 0
+        self._frame = LoopFrame(inspect.unwrap(type(pipeline).__call__))
         self._keys = StaleKeys(
             pipeline,
             num_patches=plan.num_patches,
             has_warmup=plan.warmup_steps > 0,
             regions=plan.regions,
+            sample=self._frame.latents,
         )
         self._latents: _Latents | None = None
         self._others: list[Any] = []
-        self._frame = LoopFrame(inspect.unwrap(type(pipeline).__call__))
         self._main = pipeline.scheduler
         self._copies: list[Any] = []
         self._random: list[torch.Tensor] = []

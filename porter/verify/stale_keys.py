@@ -7,7 +7,7 @@ are counted, and each keeps the keys and values of all its rows.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -53,6 +53,7 @@ class StaleKeys:
         num_patches: patches of the latents.
         has_warmup: whether whole passes come before the patches.
         regions: block lists whose attention sees stale keys; None for all.
+        sample: gives the loop's latents at the time of a denoiser call.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class StaleKeys:
         num_patches: int,
         has_warmup: bool,
         regions: tuple[str, ...] | None,
+        sample: Callable[[], torch.Tensor | None],
     ) -> None:
         self._pipeline = pipeline
         self._num_patches = num_patches
         self._has_warmup = has_warmup
         self._region_names = regions
+        self._sample = sample
         self._step = 0
         self._patch: int | None = None
         self._in_pass = False
@@ -148,7 +151,9 @@ class StaleKeys:
                 handle.remove()
 
     def _probe(self, module: nn.Module, args: Any, kwargs: Any) -> _Probed:
-        probe = TokenProbe(module, args, kwargs, skip=self._outside_regions)
+        probe = TokenProbe(
+            module, args, kwargs, skip=self._outside_regions, sample=self._sample()
+        )
         rows = probe.rows()
         # Branches may have texts of different lengths; a patch is one region for them all.
         first = next(iter(self._probed.values()), None)
