@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,29 +15,14 @@ from porter.verify.hooks import denoisers
 
 @dataclass(frozen=True)
 class TransformerCall:
-    """One call of a denoiser.
-
-    Attributes:
-        component: its name in the pipeline.
-        arguments: by parameter name.
-        sample: what the first scheduler step takes after it; None before one is known.
-    """
+    """One call: the component and its arguments by parameter name."""
 
     component: str
     arguments: Mapping[str, Any]
-    sample: torch.Tensor | None = None
 
 
 class _FirstStepDone(Exception):
-    """Ends the pipeline's run once the first step's calls are known.
-
-    Attributes:
-        sample: what the scheduler was given to step.
-    """
-
-    def __init__(self, sample: Any) -> None:
-        super().__init__()
-        self.sample = sample
+    """Ends the pipeline's run once the first step's calls are known."""
 
 
 def first_step_calls(
@@ -55,9 +38,8 @@ def first_step_calls(
     try:
         with torch.no_grad(), _stop_at_step(pipeline.scheduler):
             pipeline(**kwargs)
-    except _FirstStepDone as done:
-        if isinstance(done.sample, torch.Tensor):
-            calls = [replace(call, sample=done.sample) for call in calls]
+    except _FirstStepDone:
+        pass
     finally:
         for handle in handles:
             handle.remove()
@@ -66,6 +48,8 @@ def first_step_calls(
 
 def _recorder(name: str, calls: list[TransformerCall]) -> Any:
     def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+        import inspect
+
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
         arguments = dict(list(bound.arguments.items())[1:])
         calls.append(TransformerCall(name, copied(arguments)))
@@ -84,12 +68,13 @@ def copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _stop_at_step(scheduler: Any) -> Iterator[None]:
     """`scheduler.step` ends the run; its signature stays readable for pipelines that look."""
+    import functools
+
     original = scheduler.step
 
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
-        bound = inspect.signature(original).bind(*args, **kwargs)
-        raise _FirstStepDone(bound.arguments.get("sample"))
+        raise _FirstStepDone
 
     scheduler.step = step
     try:

@@ -113,6 +113,7 @@ class _Simulation:
             sample=self._frame.latents,
         )
         self._latents: _Latents | None = None
+        self._stepped = torch.empty(0)
         self._others: list[Any] = []
         self._main = pipeline.scheduler
         self._copies: list[Any] = []
@@ -224,8 +225,11 @@ class _Simulation:
         if self._patch is None or latents is None:
             self._others = outputs
             return result
-        # Rows of earlier patches are the newest where a callback is to see them.
-        held = latents.newest if self._step_ends_whole() else latents.seen
+        self._stepped = self._with_patch(
+            self._stepped if self._patch else stepped, stepped, self._patch
+        )
+        # Where the step ends whole, the body goes on with what all patches stepped.
+        held = self._stepped if self._step_ends_whole() else latents.seen
         self._others = self._merged(outputs, sample.shape, self._patch)
         return _with_sample(
             result, self._with_patch(held, stepped, self._patch), self._others
@@ -246,15 +250,12 @@ class _Simulation:
                 "expected one that is carried from step to step"
             )
         patch = self._patch
-        if patch is None or (self._callback_names and self._is_last_pass()):
+        if patch is None or self._step_ends_whole():
             self._latents = _Latents(held.clone(), held.clone())
             return
         latents.newest = self._with_patch(latents.newest, held, patch)
-        if self._step_ends_whole():
-            latents.seen = latents.newest
-        else:
-            following = 0 if self._is_last_pass() else patch + 1
-            latents.seen = self._with_patch(latents.seen, latents.newest, following)
+        following = 0 if self._is_last_pass() else patch + 1
+        latents.seen = self._with_patch(latents.seen, latents.newest, following)
         # The body goes on with this very tensor.
         held.copy_(latents.seen)
 

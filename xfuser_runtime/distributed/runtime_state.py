@@ -66,6 +66,8 @@ class RuntimeState:
         num_steps: denoising steps asked for.
         call_index: transformer call of this pass, -1 before the first.
         latents_shape: of the whole latents, None outside the loop.
+        first_latents: the whole latents in the loop's first step, None later.
+        loop_shapes: by the shape of a transformer's latents, that of the loop's in them.
         region: the block loop that is running, None outside.
         latent_slice: this pass's region of the latents, None for a whole pass.
         cfg_batch_is_split: the doubled batch holds this rank's guidance branch only.
@@ -144,6 +146,8 @@ class RuntimeState:
         """Forget the loop; what a call left behind must not reach the next."""
         self.num_patches = 1
         self.latents_shape: tuple[int, ...] | None = None
+        self.first_latents: torch.Tensor | None = None
+        self.loop_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._row_borders: tuple[int, ...] | None = None
         self._patch_dim, self._patch_extent = 0, 0
         self.cfg_batch_is_split = False

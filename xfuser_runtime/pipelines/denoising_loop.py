@@ -97,6 +97,7 @@ class DenoisingLoop:
         state = self._state
         state.latents_shape = tuple(latents.shape)
         step, patch = state.step, state.patch
+        state.first_latents = latents if step == 0 else None
         if (
             self._channel is None
             or self.has_callback

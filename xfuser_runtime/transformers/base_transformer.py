@@ -29,7 +29,7 @@ from xfuser_runtime.layers.base import rebind_forward
 from xfuser_runtime.transformers.adapters import takes_own_weights
 from xfuser_runtime.transformers.graphs import CallReplayer
 from xfuser_runtime.transformers.kernels import prepare_kernels
-from xfuser_runtime.transformers.latent_tokens import LatentTokens
+from xfuser_runtime.transformers.latent_tokens import LatentTokens, loop_shape
 from xfuser_runtime.transformers.outputs import (
     Template,
     first_tensor,
@@ -142,7 +142,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         ):
             forward = upstream_class(type(self)).forward
         else:
-            wrapping.latent_shape = tuple(first_tensor((args, kwargs)).shape)
+            self._note_latents(first_tensor((args, kwargs)))
             if not parallel_state.is_pipeline_last_stage():
                 wrapping.template = self._template(forward, args, kwargs)
         return wrapping.replayer.call(forward, self, args, kwargs)
@@ -164,11 +164,20 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         # The patch borders of a call come from its first region: a rank that skips the
         # first guidance branch must still learn them from it.
         if held is None or get_runtime_state().needs_patch_borders:
-            self._wrapping.latent_shape = tuple(first_tensor((args, kwargs)).shape)
+            self._note_latents(first_tensor((args, kwargs)))
             with parallel_state.dry_run():
                 held = template_of(forward(self, *args, **kwargs))
             self._wrapping.templates[key] = held
         return held
+
+    def _note_latents(self, given: torch.Tensor) -> None:
+        """Remember the shape of a call's latents, and of the loop's latents in them."""
+        state, shape = get_runtime_state(), tuple(given.shape)
+        self._wrapping.latent_shape = self._wrapping.loop_shape = shape
+        if state.num_patches > 1:
+            if shape not in state.loop_shapes:
+                state.loop_shapes[shape] = loop_shape(given, state.first_latents)
+            self._wrapping.loop_shape = state.loop_shapes[shape]
 
     # -- what generated forwards call -------------------------------------------------
 
@@ -196,10 +205,11 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         parts: dict[str, tuple[str, ...]] = {}
         row = 1
         if num_patches > 1:
-            held = LatentTokens.of(latents, rows, wrapping.latent_shape)
-            if context is not None and latents is not None:
-                streams, parts = held.without_context(streams, latents, context)
-            row = held.tokens_of_a_row(streams, latents)
+            held = LatentTokens.of(
+                latents, rows, wrapping.latent_shape, wrapping.loop_shape
+            )
+            streams, parts = held.segments(streams, latents or "", context)
+            row = held.tokens_of_a_row
         layout = TokenLayout(
             tuple(
                 Segment(
@@ -289,6 +299,7 @@ class _Wrapping:
         self.templates: dict[Any, Template] = {}
         self.template: Template | None = None
         self.latent_shape: tuple[int, ...] = ()
+        self.loop_shape: tuple[int, ...] = ()
         self.buffers: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
         self.replayer = CallReplayer()
         self._channel: P2PChannel | None = None

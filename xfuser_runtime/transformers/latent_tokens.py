@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 _ELSE = "use warmup_steps >= the number of steps"
 
 
@@ -20,22 +22,29 @@ class LatentTokens:
     """The latents of one call.
 
     Attributes:
-        shape: of the latents.
+        shape: of what the transformer is given.
         rows: extent of a token by dimension, the one that the stream runs over last first.
+        loop_shape: of its leading part that holds the denoising loop's latents; tokens of
+            reference pictures may stand behind them.
     """
 
     shape: tuple[int, ...]
     rows: Mapping[int, int]
+    loop_shape: tuple[int, ...]
 
     @classmethod
     def of(
-        cls, latents: str | None, rows: Mapping[int, int] | None, shape: tuple[int, ...]
+        cls,
+        latents: str | None,
+        rows: Mapping[int, int] | None,
+        shape: tuple[int, ...],
+        loop_shape: tuple[int, ...],
     ) -> LatentTokens:
-        """The latents of `shape`.
+        """The latents of `loop_shape` in those of `shape`.
 
         Raises:
             ValueError: no stream follows them, they have other dimensions than the ones
-                measured, or tokens do not divide them.
+                measured, tokens do not divide them, or other tokens stand between theirs.
         """
         if latents is None or not rows:
             raise ValueError(
@@ -47,7 +56,13 @@ class LatentTokens:
                 f"latents of shape {shape}, expected tokens of {dict(rows)} elements by "
                 f"dimension for PipeFusion; {_ELSE}"
             )
-        return cls(shape, rows)
+        found = cls(shape, rows, loop_shape)
+        if any(shape[d] != loop_shape[d] for d in rows if d != found.dim):
+            raise ValueError(
+                f"latents of shape {loop_shape} in ones of {shape}, expected whole rows "
+                f"along dimension {found.dim} for PipeFusion; {_ELSE}"
+            )
+        return found
 
     @property
     def dim(self) -> int:
@@ -57,42 +72,73 @@ class LatentTokens:
 
     @property
     def extent(self) -> int:
-        """Of that dimension."""
-        return self.shape[self.dim]
+        """Of that dimension in the loop's latents."""
+        return self.loop_shape[self.dim]
 
     @property
     def count(self) -> int:
-        """Tokens of the latents."""
-        return math.prod(self.shape[dim] // step for dim, step in self.rows.items())
+        """Tokens of the loop's latents."""
+        return self._tokens(self.loop_shape)
 
-    def without_context(
-        self, streams: Mapping[str, int], latents: str, context: str
+    def _tokens(self, shape: tuple[int, ...]) -> int:
+        return math.prod(shape[dim] // step for dim, step in self.rows.items())
+
+    def segments(
+        self, streams: Mapping[str, int], latents: str, context: str | None
     ) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
-        """The latents' stream cut in two segments: its own tokens and the context.
+        """The latents' stream cut in segments: its own tokens, those beside, the context.
 
         Args:
             streams: number of tokens by stream.
             latents: the stream that holds the latents.
-            context: "before" or "after": where its other tokens stand.
+            context: "before" or "after": where tokens stand that are not of what the
+                transformer is given; None where there are none.
 
         Returns:
             Number of tokens by segment, and the segments of the cut stream in order.
         """
-        rest = f"{latents}.context"
-        cut = {**streams, latents: self.count, rest: streams[latents] - self.count}
-        parts = (rest, latents) if context == "before" else (latents, rest)
-        return cut, {latents: parts}
-
-    def tokens_of_a_row(self, streams: Mapping[str, int], latents: str | None) -> int:
-        """Tokens of one row, on whose multiples patches may end.
-
-        Raises:
-            ValueError: the stream does not hold the tokens of the latents.
-        """
-        held = streams[latents or ""]
-        if held != self.count:
+        cut, order = {**streams, latents: self.count}, [latents]
+        given = self._tokens(self.shape)
+        if given > self.count:
+            cut[f"{latents}.beside"] = given - self.count
+            order.append(f"{latents}.beside")
+        if context is not None:
+            rest = f"{latents}.context"
+            cut[rest] = streams[latents] - given
+            order.insert(0 if context == "before" else len(order), rest)
+        held = sum(cut[name] for name in order)
+        if held != streams[latents]:
             raise ValueError(
-                f"{held} tokens for latents of shape {self.shape}, expected {self.count} "
-                f"for PipeFusion; {_ELSE}"
+                f"{streams[latents]} tokens for latents of shape {self.shape}, expected "
+                f"{held} for PipeFusion; {_ELSE}"
             )
+        return cut, {latents: tuple(order)} if len(order) > 1 else {}
+
+    @property
+    def tokens_of_a_row(self) -> int:
+        """Tokens of one row, on whose multiples patches may end."""
         return self.count // (self.extent // self.rows[self.dim])
+
+
+def loop_shape(given: torch.Tensor, latents: torch.Tensor | None) -> tuple[int, ...]:
+    """Shape of the part of a transformer's latents that holds those of the loop.
+
+    Told by the values: the loop's latents are the leading run along one dimension.
+
+    Args:
+        given: what the transformer is given; its batch may be a multiple of the loop's.
+        latents: of the loop, at the same time; None where they are not known.
+    """
+    shape = tuple(given.shape)
+    if latents is None or latents.dim() != given.dim():
+        return shape
+    dims = [d for d in range(1, len(shape)) if shape[d] != latents.shape[d]]
+    if len(dims) != 1 or shape[dims[0]] < latents.shape[dims[0]]:
+        return shape
+    (dim,) = dims
+    leading = given[: len(latents)].narrow(dim, 0, latents.shape[dim])
+    if leading.shape != latents.shape or not torch.equal(
+        leading, latents.to(given.dtype)
+    ):
+        return shape
+    return (*shape[:dim], latents.shape[dim], *shape[dim + 1 :])
