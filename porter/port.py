@@ -203,9 +203,14 @@ def _transformer(owner: Upstream, facts: TransformerFacts) -> Rewritten:
 
 def _processors(facts: PipelineFacts) -> Iterator[Rewritten]:
     names = {n for found in facts.transformers.values() for n in found.processors}
+    mixing = [found.mixing for found in facts.transformers.values()]
+    sums = {name: texts for found in mixing for name, texts in found.token_sums.items()}
+    scales = {name for found in mixing for name in found.scales}
     for name in sorted(names):
         owner = source.load(":".join(name.rsplit(".", 1)))
-        processor = Processor(owner.module, owner.class_name)
+        processor = Processor(
+            owner.module, owner.class_name, sums.get(name, ()), name in scales
+        )
         yield rewrite("attention", owner, attention.RULES, processor, processor.method)
 
 

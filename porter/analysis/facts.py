@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from porter.analysis.mixing import MixingFacts, mixing_from_json
+
 ITEMS = "items"
 """Stands for an axis where guidance doubles the items of a list instead of a dimension."""
 
@@ -83,6 +85,7 @@ class TransformerFacts:
         processors: qualified names of the processor classes of these modules.
         layers: qualified names of layer classes outside the blocks that mix tokens.
         queries: the streams of the queries, by path, where they are not those of the keys.
+        mixing: how the blocks mix tokens besides the kernels of their attention.
     """
 
     loops: tuple[LoopFacts, ...]
@@ -90,6 +93,7 @@ class TransformerFacts:
     processors: tuple[str, ...]
     layers: tuple[str, ...]
     queries: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    mixing: MixingFacts = dataclasses.field(default_factory=MixingFacts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +138,7 @@ def _transformer(data: Mapping[str, Any]) -> TransformerFacts:
         processors=tuple(data["processors"]),
         layers=tuple(data["layers"]),
         queries=_tuples(data.get("queries", {})),
+        mixing=mixing_from_json(data.get("mixing", {})),
     )
 
 

@@ -8,10 +8,11 @@ of all together.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from porter.analysis.facts import LoopFacts, TokenAxis, TransformerFacts
+from porter.analysis.mixing import MixingFacts
 from porter.errors import Refusal
 
 
@@ -50,7 +51,23 @@ def merged(
         processors=tuple(sorted({*first.processors, *second.processors})),
         layers=tuple(sorted({*first.layers, *second.layers})),
         queries=_joined(first.queries, second.queries, "queries", class_name),
+        mixing=_mixing(first.mixing, second.mixing, class_name),
     )
+
+
+def _mixing(first: MixingFacts, second: MixingFacts, class_name: str) -> MixingFacts:
+    """What both need; what one use alone needs does no harm to the other."""
+    found: dict[str, Any] = {}
+    for item in fields(MixingFacts):
+        one, other = getattr(first, item.name), getattr(second, item.name)
+        if isinstance(one, tuple):
+            found[item.name] = tuple(sorted({*one, *other}))
+            continue
+        for key in one.keys() & other.keys():
+            if one[key] != other[key] and item.name != "refused":
+                raise _clash(class_name, f"other {item.name} of {key}")
+        found[item.name] = {**other, **one}
+    return MixingFacts(**found)
 
 
 def _joined(

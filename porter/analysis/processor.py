@@ -9,7 +9,9 @@ import libcst as cst
 
 from porter.analysis.block_loops import find_method
 from porter.errors import Refusal
-from porter.parsed import ParsedModule
+from porter.parsed import ParsedModule, walk
+
+_CONTRACTIONS = ("matmul", "bmm", "einsum", "sum")
 
 
 @dataclass(frozen=True)
@@ -19,16 +21,37 @@ class Processor:
     Attributes:
         module: the upstream module that defines it.
         class_name: the processor class.
+        token_sums: source of its expressions that sum over tokens.
+        scales: whether its softmax scale follows the number of tokens.
     """
 
     module: ParsedModule
     class_name: str
+    token_sums: tuple[str, ...] = ()
+    scales: bool = False
 
     @cached_property
     def method(self) -> cst.FunctionDef:
         """Its `__call__`."""
         owner = self.module.class_def(self.class_name)
         return find_method(self.module, owner, "__call__")
+
+    @cached_property
+    def contractions(self) -> tuple[cst.BaseExpression, ...]:
+        """Expressions that may sum over tokens: matrix products, einsums and sums."""
+        return tuple(
+            node
+            for node in walk(self.method.body)
+            if (
+                isinstance(node, cst.Call)
+                and isinstance(node.func, cst.Attribute)
+                and node.func.attr.value in _CONTRACTIONS
+            )
+            or (
+                isinstance(node, cst.BinaryOperation)
+                and isinstance(node.operator, cst.MatrixMultiply)
+            )
+        )
 
     @property
     def attention(self) -> str:

@@ -68,7 +68,12 @@ class KeyOrigins:
                 handles.append(module.register_forward_pre_hook(self._enter(path)))
                 handles.append(module.register_forward_hook(self._leave))
         try:
-            with torch.no_grad(), replaced_attention(self._attend):
+            # Upstream writes into queries after it has normalised them.
+            with (
+                torch.autograd.graph.allow_mutation_on_saved_tensors(),
+                torch.no_grad(),
+                replaced_attention(self._attend),
+            ):
                 model(self._swap)
         except _BlockDone:
             pass

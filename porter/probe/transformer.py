@@ -18,7 +18,9 @@ from porter.probe.axes import AxisSolver
 from porter.probe.capture import TransformerCall
 from porter.probe.latents import LatentProbe, place_in_runs
 from porter.probe.loop_runs import LoopRun, run_loops, run_swapped
+from porter.probe.mixing import MixingProbe, mixing_facts
 from porter.probe.provenance import KeyOrigins, Leaf, Rows, runs_of
+from porter.probe.rank_run import Remedies
 
 Variant = tuple[int, int]
 Trace = Callable[[Mapping[Leaf, int], set[str]], KeyOrigins]
@@ -57,6 +59,7 @@ def probe_transformer(
     attention: dict[str, tuple[str, ...]] = {}
     queries: dict[str, tuple[str, ...]] = {}
     processors: dict[str, None] = {}
+    mixing: list[tuple[str, Remedies, dict[str, str]]] = []
     tokens = [LatentProbe(model, source, forward, loops, call) for call in calls]
     for loop in loops:
         seen = [run[loop.blocks] for run in runs if loop.blocks in run]
@@ -68,6 +71,14 @@ def probe_transformer(
             source, loop, seen, variants, tokens, padded, trace
         ).measure()
         if measured is not None:
+            probe = MixingProbe(model, source, forward, loop)
+            samples = [(calls[0], measured.lengths(seen[0]))]
+            samples += [(batched[0], measured.lengths(run)) for run in padded[:1]]
+            integers = [run.integers for run in seen]
+            remedies, counts = probe.measure(
+                measured.facts, measured.keys, samples, integers
+            )
+            mixing.append((loop.blocks, remedies, counts))
             facts.append(measured.facts)
             attention.update(measured.attention)
             queries.update(measured.queries)
@@ -79,12 +90,16 @@ def probe_transformer(
             where=source.where(forward),
         )
     lists = {loop.blocks for loop in loops}
+    found = mixing_facts(mixing, source.where(forward))
+    for path in found.summing:
+        attention.setdefault(path, ())
     return TransformerFacts(
         tuple(facts),
         attention,
-        tuple(sorted(processors)),
+        tuple(sorted({*processors, *found.token_sums})),
         _layers(model, lists),
         queries,
+        found,
     )
 
 
@@ -108,6 +123,19 @@ class _Measured:
     attention: dict[str, tuple[str, ...]]
     queries: dict[str, tuple[str, ...]]
     processors: tuple[str, ...]
+    leaves: dict[str, tuple[Leaf, int]]
+
+    @property
+    def keys(self) -> dict[str, tuple[str, ...]]:
+        """Streams of the keys by path inside a block."""
+        return {path.split(".", 2)[2]: names for path, names in self.attention.items()}
+
+    def lengths(self, run: LoopRun) -> dict[str, int]:
+        """Lengths of the streams that are cut, in one run."""
+        return {
+            name: run.shapes[variable][path][dim]
+            for name, ((variable, path), dim) in self.leaves.items()
+        }
 
 
 class _LoopProbe:
@@ -192,6 +220,7 @@ class _LoopProbe:
             {f"{self._loop.blocks}.*.{path}": n for path, n in sharded.items()},
             self._queries(sharded, origins),
             self._processors(sharded, origins),
+            {n: (leaves[n], origins.dims[leaves[n]]) for n in order if n in lengths},
         )
 
     def _padded_values(
@@ -377,10 +406,11 @@ class _LoopProbe:
         found = {}
         for name in self._runs[0].integers:
             numbers = [run.integers.get(name) for run in self._runs]
-            if len(set(numbers)) == 1:
+            if len(set(numbers)) == 1 or name in self._loop.arguments:
+                # What a block makes of it is measured on the block.
                 continue
             streams = solver.counted(numbers)
-            if streams is None or name in self._loop.arguments:
+            if streams is None:
                 raise Refusal(
                     f"integer {name} that changes with the image or the text reaches the "
                     "blocks",

@@ -44,6 +44,9 @@ class PipelineContext:
                 f"{where}: each step also calls {', '.join(self.facts.helpers)}, on latents "
                 "that one stage holds",
             )
+        for transformer in self.facts.transformers.values():
+            for mode, reason in transformer.mixing.refused.items():
+                refused.setdefault(mode, reason)
         if "pipefusion" not in refused and (blocks := self._uncut()):
             where = self.source.module.where(self.source.denoising.calls[0].call)
             refused["pipefusion"] = (

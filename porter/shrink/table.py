@@ -286,7 +286,16 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
         },
     ),
     # None by default, meaning unpatched; the latents have a quarter of the packed width.
-    "NucleusMoEImagePipeline": {"transformer": {"out_channels": 16}},
+    # The first three blocks and the last one are dense whatever the depth; of 128 experts
+    # each would take one token of a small image.
+    "NucleusMoEImagePipeline": {
+        "transformer": {
+            "out_channels": 16,
+            "num_layers": 6,
+            "num_experts": 8,
+            "capacity_factors": 2.0,
+        }
+    },
 }
 
 CALLS: dict[str, Any] = {

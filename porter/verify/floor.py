@@ -28,10 +28,12 @@ class Reference:
     Attributes:
         outputs: the final latents, one tensor an output.
         floor: relative error of the same run with its attention keys permuted.
+        attends_to_itself: whether it has self attention by a kernel, whose keys can be lost.
     """
 
     outputs: tuple[torch.Tensor, ...]
     floor: float
+    attends_to_itself: bool = True
 
 
 def run_stock(
@@ -61,8 +63,15 @@ def seeded() -> Iterator[None]:
 def reference(pipeline: Any, call: Callable[[], Mapping[str, Any]]) -> Reference:
     """Run stock twice: as it is, and with permuted keys."""
     outputs = run_stock(pipeline, call)
-    permuted = run_replaced(pipeline, call, permuted_keys)
-    return Reference(outputs, relative_error(permuted, outputs))
+    found = False
+
+    def permute(attention: AttentionCall) -> torch.Tensor:
+        nonlocal found
+        found |= _is_over_itself(attention)
+        return permuted_keys(attention)
+
+    permuted = run_replaced(pipeline, call, permute)
+    return Reference(outputs, relative_error(permuted, outputs), found)
 
 
 def run_replaced(
@@ -103,10 +112,14 @@ def lost_keys(call: AttentionCall) -> torch.Tensor:
 
     Not the first half: the other one may be padding that masks hide anyway.
     """
-    if call.is_causal or call.query.shape[-2] != call.key.shape[-2]:
+    if not _is_over_itself(call):
         return call.run()
     half = torch.arange(0, call.key.shape[-2], 2, device=call.key.device)
     return call.select_keys(half).run()
+
+
+def _is_over_itself(call: AttentionCall) -> bool:
+    return not call.is_causal and call.query.shape[-2] == call.key.shape[-2]
 
 
 def lost_mask(call: AttentionCall) -> torch.Tensor:

@@ -8,6 +8,10 @@ zero would mean that the mode is not at work at all.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 from porter.verify.modes import Mode
 
 #: The faults of each way of splitting; the first one stands for it in products.
@@ -36,9 +40,44 @@ FAULTS: dict[str, tuple[str, ...]] = {
 }
 #: Of any split of the tokens, where the model has masks at all.
 MASK_FAULT = "mask_dropped"
+#: Those that break the kernel of the attention: none of a model whose attention is a sum.
+KERNEL_FAULTS = ("ring_exchange_dropped", "ulysses_exchange_dropped", "key_doubled")
+#: Of any split of the tokens, by what the blocks do with them.
+MIXING_FAULTS = {
+    "token_sums": "token_sum_dropped",
+    "row_layers": "halo_dropped",
+    "gathered": "gathered_tokens_dropped",
+}
 
 
-def faults_for(mode: Mode, *, has_masks: bool) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Mechanisms:
+    """What a port does with split tokens.
+
+    Attributes:
+        kernels: whether attention kernels see the keys of other ranks.
+        masks: whether dropping the masks changes stock's result.
+        mixing: keys of `MIXING_FAULTS`, in their order.
+    """
+
+    kernels: bool = True
+    masks: bool = False
+    mixing: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, transformers: Mapping[str, Any]) -> Mechanisms:
+        """From the measured facts of a port's transformers, as the lock keeps them."""
+        found = [item.get("mixing", {}) for item in transformers.values()]
+        keys = [k for item in transformers.values() for k in item["attention"].values()]
+        return cls(
+            kernels=any(keys) or not any(found),
+            mixing=tuple(
+                name for name in MIXING_FAULTS if any(item.get(name) for item in found)
+            ),
+        )
+
+
+def faults_for(mode: Mode, has: Mechanisms) -> tuple[str, ...]:
     """The faults that verification of `mode` injects, one run each.
 
     The smallest mode of a way of splitting gets all faults of its kind; larger ones and
@@ -46,10 +85,25 @@ def faults_for(mode: Mode, *, has_masks: bool) -> tuple[str, ...]:
 
     Args:
         mode: a mode.
-        has_masks: whether dropping the masks changes stock's result.
+        has: what the port does with split tokens.
     """
     if len(mode.kinds) > 1 or mode.world_size > 2 or mode.patches not in (0, 2):
-        return tuple(FAULTS[kind][0] for kind in mode.kinds)
+        firsts = [_faults_of(kind, has)[0] for kind in mode.kinds]
+        return tuple(dict.fromkeys(firsts))
     (kind,) = mode.kinds
-    masks = (MASK_FAULT,) if has_masks and kind in ("ring", "ulysses") else ()
-    return FAULTS[kind] + masks
+    masks = (MASK_FAULT,) if has.masks and has.kernels and kind in _OF_TOKENS else ()
+    return _faults_of(kind, has) + masks
+
+
+_OF_TOKENS = ("ring", "ulysses")
+
+
+def _faults_of(kind: str, has: Mechanisms) -> tuple[str, ...]:
+    """The faults of a way of splitting that this port can be broken by."""
+    faults = tuple(
+        fault for fault in FAULTS[kind] if has.kernels or fault not in KERNEL_FAULTS
+    )
+    if kind not in _OF_TOKENS:
+        return faults
+    mixing = tuple(MIXING_FAULTS[name] for name in has.mixing)
+    return faults + mixing if has.kernels else mixing + faults

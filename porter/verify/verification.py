@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 
 from porter import source
 from porter.errors import PorterError
+from porter.lock import read_lock
 from porter.shrink import make_checkpoint
 from porter.verify.cases import STEPS, Case, cases_for, fresh, packed
 from porter.verify.floor import (
@@ -31,7 +32,7 @@ from porter.verify.geometry import OracleRefusal
 from porter.verify.modes import Mode, all_modes
 from porter.verify.oracle import DisplacedPatches
 from porter.verify.processes import RunRequest, RunResult, start_replay
-from porter.verify.sabotage import faults_for
+from porter.verify.sabotage import Mechanisms, faults_for
 from porter.verify.verdict import Measurement, ModeVerdict, Sabotage, Verification
 
 #: The case that faults are injected into: every mode can split it.
@@ -71,7 +72,7 @@ def verify_pipeline(
             make_checkpoint(pipeline_class, checkpoint)
         pipeline = pipeline_class.from_pretrained(checkpoint)
         pipeline.set_progress_bar_config(disable=True)
-        subject = _Subject(pipeline, say)
+        subject = _Subject(pipeline, say, has=_mechanisms(name, generated))
         verdicts = _verdicts(
             subject,
             all_modes() if modes is None else modes,
@@ -85,6 +86,12 @@ def verify_pipeline(
     return Verification(class_name, verdicts, subject.rejected, seconds)
 
 
+def _mechanisms(name: str, generated: Path) -> Mechanisms:
+    """What the port does with split tokens, from the facts in its lock."""
+    entry = read_lock(generated).ports.get(name, {})
+    return Mechanisms.of(entry.get("facts", {}).get("transformers", {}))
+
+
 @dataclass
 class _Subject:
     """The stock pipeline, its cases, and what it answers to them."""
@@ -93,7 +100,7 @@ class _Subject:
     say: Callable[[str], None]
     rejected: dict[str, str] = field(default_factory=dict)
     references: dict[Case, Reference] = field(default_factory=dict)
-    has_masks: bool = False
+    has: Mechanisms = field(default_factory=Mechanisms)
     displaced: dict[Any, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -121,14 +128,15 @@ class _Subject:
             # Upstream's own limit, a callback that its loop does not stand.
             self.rejected[case.name] = f"stock raises {type(error).__name__}: {error}"
             return
-        for fault in (lost_keys, doubled_key):
+        faults = (lost_keys, doubled_key) if found.attends_to_itself else (doubled_key,)
+        for fault in faults:
             moved = self._stock_sabotage(call, fault, found)
             if not sabotage_shows(moved, found.floor):
                 self.rejected[case.name] = f"{fault.__name__} moves it by {moved:.1e}"
                 return
         if case == SABOTAGED:
             moved = self._stock_sabotage(call, lost_mask, found)
-            self.has_masks = sabotage_shows(moved, found.floor)
+            self.has = replace(self.has, masks=sabotage_shows(moved, found.floor))
         self.references[case] = found
 
     def _stock_sabotage(self, call: Any, fault: Any, found: Reference) -> float:
@@ -213,7 +221,7 @@ def _runs(subject: _Subject, modes: Sequence[Mode]) -> Iterator[RunRequest]:
         yield RunRequest(
             _run_name(mode), mode.world_size, arguments, names, timeout=TIMEOUT
         )
-        for fault in faults_for(mode, has_masks=subject.has_masks):
+        for fault in faults_for(mode, subject.has):
             yield RunRequest(
                 _run_name(mode, fault),
                 mode.world_size,
@@ -268,7 +276,7 @@ def _verdict(
     )
     sabotages = tuple(
         _sabotage(subject, fault, results[_run_name(mode, fault)], answers)
-        for fault in faults_for(mode, has_masks=subject.has_masks)
+        for fault in faults_for(mode, subject.has)
     )
     return ModeVerdict(mode, answers.reference, measurements, sabotages)
 

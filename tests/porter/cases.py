@@ -82,5 +82,7 @@ def _facts(
         whole = {"cfg_style": "none", "cfg_axes": {}, "transformers": {"it": given}}
         forward = Forward(module, name, facts_from_json(whole).transformers["it"])
         return forward.method, forward
-    processor = Processor(module, name)
+    sums = tuple((given or {}).get("token_sums", ()))
+    scales = bool((given or {}).get("scales"))
+    processor = Processor(module, name, sums, scales)
     return processor.method, processor

@@ -126,6 +126,15 @@ def _numel(shape: Sequence[int]) -> int:
     return count
 
 
+def all_reduce_sum(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """The elementwise sum over the group, on every rank; ``x`` is not changed."""
+    if group.world_size == 1:
+        return x
+    return torch.ops._c10d_functional.wait_tensor(
+        torch.ops._c10d_functional.all_reduce(x.contiguous(), "sum", group.name)
+    )
+
+
 def all_reduce_max(x: torch.Tensor, group: Group) -> torch.Tensor:
     """The elementwise maximum over the group, on every rank; ``x`` is not changed."""
     result = x.clone()

@@ -31,18 +31,26 @@ class Segment:
         length: number of tokens.
         row: tokens of one latent row; patch borders fall on multiples of it.
         follows_latents: whether the tokens are those of the latents, whose rows a patch never divides.
+        grain: tokens that no patch and no shard divides: those of an image row where the blocks are
+            told the height.
     """
 
     name: str
     length: int
     row: int = 1
     follows_latents: bool = False
+    grain: int = 1
 
     def __post_init__(self) -> None:
         if self.length < 0 or self.row < 1:
             raise ValueError(
                 f"segment {self.name!r} has length {self.length} and row {self.row},"
                 " expected length >= 0 and row >= 1"
+            )
+        if self.grain < 1 or self.length % self.grain:
+            raise ValueError(
+                f"segment {self.name!r} has length {self.length} and grain {self.grain}, expected"
+                " whole grains"
             )
 
 
@@ -100,11 +108,15 @@ class TokenLayout:
 
         Empty ranges are left out and adjacent ones merged; the order is that of the patches.
         """
-        borders = self._borders[self._index(name)]
+        index = self._index(name)
+        borders, grain = self._borders[index], self.segments[index].grain
         patches = range(self.num_patches) if patch is None else (patch,)
         merged: list[Range] = []
         for p in patches:
-            start, stop = _piece(borders[p], borders[p + 1], shard, self.num_shards)
+            first, last = borders[p] // grain, borders[p + 1] // grain
+            start, stop = (
+                edge * grain for edge in _piece(first, last, shard, self.num_shards)
+            )
             if start == stop:
                 continue
             if merged and merged[-1][1] == start:
@@ -216,9 +228,9 @@ def _patch_borders(layout: TokenLayout) -> tuple[tuple[int, ...], ...]:
 
 def _borders_of(segment: Segment, count: int) -> tuple[int, ...]:
     """Token borders of ``count`` balanced pieces of a segment."""
-    row = segment.row if segment.follows_latents and count > 1 else 1
+    row = segment.row if segment.follows_latents and count > 1 else segment.grain
     rows, rest = divmod(segment.length, row)
-    if rest:
+    if rest or row % segment.grain:
         raise ValueError(
             f"segment {segment.name!r} has {segment.length} tokens, expected a multiple of its"
             f" latent row of {row}; patches end on whole rows"

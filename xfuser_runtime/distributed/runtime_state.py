@@ -235,6 +235,11 @@ def get_runtime_state() -> RuntimeState:
     return _RUNTIME_STATE
 
 
+def active_region() -> BlockRegion | None:
+    """The block loop that is running, None outside and without a session."""
+    return None if _RUNTIME_STATE is None else _RUNTIME_STATE.region
+
+
 def destroy_runtime_state() -> None:
     """End the session."""
     global _RUNTIME_STATE

@@ -10,18 +10,27 @@ from xfuser_runtime.layers.attention import (
 from xfuser_runtime.layers.base import wrap_layer, xFuserLayerBaseWrapper
 from xfuser_runtime.layers.conv import xFuserConv2dWrapper
 from xfuser_runtime.layers.embeddings import xFuserPatchEmbedWrapper
+from xfuser_runtime.layers.gathered import (
+    GatheredModule,
+    TokenCut,
+    wrap_gathered,
+)
 from xfuser_runtime.layers.register import (
     xFuserAttentionProcessorRegister,
     xFuserLayerWrappersRegister,
 )
-from xfuser_runtime.layers.rows import RowBands, row_bands
+from xfuser_runtime.layers.rows import RowBands, row_bands, wrap_row_layer
 
 __all__ = [
+    "GatheredModule",
     "RowBands",
+    "TokenCut",
     "reset_kv_caches",
     "row_bands",
     "wrap_attention",
+    "wrap_gathered",
     "wrap_layer",
+    "wrap_row_layer",
     "xFuserAttentionBaseWrapper",
     "xFuserAttentionProcessorRegister",
     "xFuserConv2dWrapper",

@@ -21,9 +21,12 @@ from torch import nn
 from xfuser_runtime.attention.api import AttentionPlan, parallel_attention
 from xfuser_runtime.attention.backends import from_diffusers_name
 from xfuser_runtime.attention.cache import KVCache
+from xfuser_runtime.attention.outer_mask import MaskVector
 from xfuser_runtime.base_wrapper import swap_class
-from xfuser_runtime.distributed.parallel_state import get_ring_group
+from xfuser_runtime.distributed.collectives import all_reduce_sum
+from xfuser_runtime.distributed.parallel_state import get_ring_group, get_sp_group
 from xfuser_runtime.distributed.runtime_state import (
+    active_region,
     get_runtime_state,
     runtime_state_is_initialized,
 )
@@ -49,6 +52,7 @@ class AttentionSite:
         query_segments: the token streams of its query rows, in their order.
         key_segments: those of its keys; empty where the keys are whole on every rank.
         whole: those of its keys that every rank has whole, beside keys that are cut.
+        outer_mask: how its mask is made of one vector over the tokens, see `MaskVector`.
     """
 
     def __init__(
@@ -56,11 +60,14 @@ class AttentionSite:
         query_segments: tuple[str, ...],
         key_segments: tuple[str, ...],
         whole: tuple[str, ...] = (),
+        outer_mask: str | None = None,
     ) -> None:
         self.query_segments = query_segments
         self.key_segments = key_segments
         self.whole = whole
+        self.outer_mask = outer_mask
         self.caches: CallSites[KVCache] = CallSites(KVCache)
+        self.mask_vectors: CallSites[MaskVector] = CallSites(MaskVector)
 
     def plan(self, region: Any, backend: str | None) -> AttentionPlan:
         """Where the rows of the next attention call in this pass are."""
@@ -208,6 +215,40 @@ class xFuserAttentionBaseWrapper(xFuserLayerBaseWrapper):
             enable_gqa=enable_gqa,
         )
 
+    def sum_over_tokens(self, partial: torch.Tensor) -> torch.Tensor:
+        """A sum over tokens from the sums of each rank's tokens, on every rank.
+
+        Raises:
+            InputError: a pass over one patch, whose sum lacks the other patches.
+        """
+        region = active_region()
+        if region is None or region.whole:
+            return partial
+        if region.patch is not None:
+            raise InputError(
+                "a sum over the tokens of one patch, expected all of them; use "
+                "warmup_steps >= the number of steps"
+            )
+        return all_reduce_sum(partial, get_sp_group())
+
+    def count_all_tokens(self, held: int) -> int:
+        """Query tokens of all ranks and patches, where this rank holds `held` of them.
+
+        Raises:
+            InputError: this rank holds another number.
+        """
+        region, site = active_region(), vars(self)[_SITE]
+        if region is None or region.whole:
+            return held
+        names = region.expand(site.query_segments)
+        mine = region.layout.length(names, region.patch, region.shard_index)
+        if held != mine:
+            raise InputError(
+                f"{held} tokens in an attention module, expected {mine} of "
+                f"{', '.join(names)}; the port does not fit this input: run porter verify"
+            )
+        return sum(region.layout.lengths(names, None))
+
     def _parallel_call(
         self, backend: Any, *, dispatched: bool = False
     ) -> Callable[..., torch.Tensor] | None:
@@ -239,14 +280,18 @@ def _attend(
     attn_mask: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    if attn_mask is not None and attn_mask.shape[-1] == key.shape[1]:
+    plan = site.plan(region, backend)
+    if site.outer_mask is not None and attn_mask is not None:
+        vector = site.mask_vectors.next(region)
+        attn_mask = vector.complete(attn_mask, site.outer_mask, plan)
+    elif attn_mask is not None and attn_mask.shape[-1] == key.shape[1]:
         attn_mask = site.own_keys(region, attn_mask, -1)
     return parallel_attention(
         query,
         site.own_keys(region, key, 1),
         site.own_keys(region, value, 1),
         attn_mask=attn_mask,
-        plan=site.plan(region, backend),
+        plan=plan,
         **options,
     )
 
@@ -261,6 +306,7 @@ def wrap_attention(
     query_segments: Sequence[str],
     key_segments: Sequence[str],
     whole: Sequence[str] = (),
+    outer_mask: str | None = None,
 ) -> nn.Module:
     """Make an attention module work on sharded tokens; returns the same object.
 
@@ -270,6 +316,7 @@ def wrap_attention(
         query_segments: the token streams of its query rows, in their order.
         key_segments: those of its keys; empty where the keys are whole on every rank.
         whole: those of its keys that every rank has whole, beside keys that are cut.
+        outer_mask: how its mask is made of one vector over the tokens, see `MaskVector`.
 
     Raises:
         ValueError: the manual's message for a processor or a layer that is not ported. The
@@ -280,6 +327,7 @@ def wrap_attention(
         tuple(query_segments),
         tuple(key_segments),
         tuple(name for name in whole if name in segments),
+        outer_mask,
     )
     original = type(module)
     if not issubclass(original, xFuserAttentionBaseWrapper):
@@ -306,6 +354,7 @@ def reset_kv_caches(model: nn.Module) -> None:
         site = vars(module).get(_SITE)
         if site is not None:
             site.caches.clear()
+            site.mask_vectors.clear()
 
 
 def _diffusers_backend(backend: Any) -> str | None:

@@ -9,15 +9,18 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from xfuser_runtime.distributed.layout import Range
-from xfuser_runtime.distributed.parallel_state import Group
+from xfuser_runtime.distributed.parallel_state import Group, get_sp_group
+from xfuser_runtime.distributed.runtime_state import active_region
 from xfuser_runtime.errors import InputError
-from xfuser_runtime.layers.base import xFuserLayerBaseWrapper
+from xfuser_runtime.layers.base import wrap_layer, xFuserLayerBaseWrapper
 
 _ROWS = "_xfuser_rows"
+_STREAM = "_xfuser_row_stream"
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,45 @@ def row_bands(model: nn.Module, bands: RowBands | None) -> Iterator[None]:
             vars(layer)[_ROWS] = held
 
 
+def wrap_row_layer(module: nn.Module, stream: str) -> nn.Module:
+    """Make a layer inside the blocks work on the rows that a rank holds of `stream`.
+
+    Returns the same object.
+
+    Raises:
+        ValueError: no wrapper is registered for the layer.
+    """
+    wrap_layer(module)
+    vars(module)[_STREAM] = stream
+    return module
+
+
 def rows_of(layer: nn.Module) -> RowBands | None:
     """The bands that a wrapped layer works on, None for whole images."""
+    stream: str | None = vars(layer).get(_STREAM)
+    if stream is not None:
+        return _bands_of_region(stream)
     found: RowBands | None = vars(layer).get(_ROWS)
     return found
+
+
+def _bands_of_region(stream: str) -> RowBands | None:
+    """The rows of each rank in the block loop that is running, None where one has all.
+
+    Raises:
+        InputError: a rank without a row, or a pass over one patch.
+    """
+    region: Any = active_region()
+    if region is None or region.whole:
+        return None
+    layout = region.layout
+    if layout.num_patches > 1:
+        raise InputError(
+            f"{layout.num_patches} patches of an image that the blocks convolve, expected "
+            "one; use warmup_steps >= the number of steps"
+        )
+    grain = next(s.grain for s in layout.segments if s.name == stream)
+    borders = [0]
+    for shard in range(layout.num_shards):
+        borders.append(borders[-1] + layout.length((stream,), None, shard) // grain)
+    return RowBands(tuple(borders), region.shard_index, get_sp_group())

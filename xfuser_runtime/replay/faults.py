@@ -19,7 +19,7 @@ from xfuser_runtime.attention import ring, ulysses
 from xfuser_runtime.attention.cache import KVCache
 from xfuser_runtime.distributed.parallel_state import Group
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
-from xfuser_runtime.layers import attention
+from xfuser_runtime.layers import attention, conv, gathered
 from xfuser_runtime.pipelines import cfg, data_parallel
 from xfuser_runtime.pipelines.denoising_loop import DenoisingLoop
 from xfuser_runtime.schedulers.step import StepCall
@@ -78,24 +78,62 @@ def injected(name: str) -> Iterator[Fault]:
         fault.undo()
 
 
+def _own_rows_alone(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`all_gather` with zeros for the rows of other ranks."""
+
+    def gather(
+        x: torch.Tensor, dim: int, lengths: Sequence[int], group: Group
+    ) -> torch.Tensor:
+        pieces = []
+        for rank, length in enumerate(lengths):
+            shape = list(x.shape)
+            shape[dim] = length
+            mine = rank == group.rank_in_group
+            pieces.append(x if mine else x.new_zeros(shape))
+        return torch.cat(pieces, dim=dim)
+
+    return gather
+
+
 def _gather_dropped(fault: Fault) -> None:
     """After the blocks, the rows of other ranks are missing."""
+    fault.replace(region, "all_gather", _own_rows_alone)
+
+
+def _gathered_tokens_dropped(fault: Fault) -> None:
+    """Modules that mix tokens see zeros for those of other ranks."""
+    fault.replace(gathered, "all_gather", _own_rows_alone)
+
+
+def _token_sum_dropped(fault: Fault) -> None:
+    """Sums over tokens are those of this rank's tokens."""
 
     def broken(original: Callable[..., Any]) -> Callable[..., Any]:
-        def gather(
-            x: torch.Tensor, dim: int, lengths: Sequence[int], group: Group
+        def reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
+            return x
+
+        return reduce
+
+    fault.replace(attention, "all_reduce_sum", broken)
+
+
+def _halo_dropped(fault: Fault) -> None:
+    """The rows that a convolution needs of other ranks are zeros."""
+
+    def broken(original: Callable[..., Any]) -> Callable[..., Any]:
+        def exchange(
+            band: torch.Tensor, borders: Any, needs: Any, group: Group
         ) -> torch.Tensor:
-            pieces = []
-            for rank, length in enumerate(lengths):
-                shape = list(x.shape)
-                shape[dim] = length
-                mine = rank == group.rank_in_group
-                pieces.append(x if mine else x.new_zeros(shape))
-            return torch.cat(pieces, dim=dim)
+            rows = original(band, borders, needs, group).clone()
+            rank = group.rank_in_group
+            above = max(0, borders[rank] - max(0, needs[rank][0]))
+            rows[:, :, :above] = 0
+            rows[:, :, above + band.shape[2] :] = 0
+            return rows
 
-        return gather
+        return exchange
 
-    fault.replace(region, "all_gather", broken)
+    fault.replace(conv, "exchange_rows", broken)
 
 
 def _ulysses_exchange_dropped(fault: Fault) -> None:
@@ -280,6 +318,9 @@ def _in_loop() -> bool:
 
 FAULTS: dict[str, Callable[[Fault], None]] = {
     "gather_dropped": _gather_dropped,
+    "gathered_tokens_dropped": _gathered_tokens_dropped,
+    "token_sum_dropped": _token_sum_dropped,
+    "halo_dropped": _halo_dropped,
     "ulysses_exchange_dropped": _ulysses_exchange_dropped,
     "ring_exchange_dropped": _ring_exchange_dropped,
     "position_rows_shifted": _position_rows_shifted,

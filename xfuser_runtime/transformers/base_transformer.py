@@ -24,7 +24,13 @@ from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.collectives import P2PChannel
 from xfuser_runtime.distributed.layout import Segment, TokenLayout
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
-from xfuser_runtime.layers import wrap_attention, wrap_layer
+from xfuser_runtime.layers import (
+    GatheredModule,
+    wrap_attention,
+    wrap_gathered,
+    wrap_layer,
+    wrap_row_layer,
+)
 from xfuser_runtime.layers.base import rebind_forward
 from xfuser_runtime.transformers.adapters import takes_own_weights
 from xfuser_runtime.transformers.graphs import CallReplayer
@@ -57,6 +63,11 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         attention_queries: the streams of the queries, by path, where they are not those of
             the keys.
         whole_streams: by block list, the streams of keys that every rank holds whole.
+        outer_masks: attention modules whose mask is the outer product of one vector with
+            itself, by path: "and" or "product".
+        row_layers: convolutions over the rows of the image inside the blocks, by path: the
+            stream that holds the image.
+        gathered_modules: modules inside the blocks that mix tokens, by path.
     """
 
     submodule_classes_to_wrap: ClassVar[list[type[nn.Module]]] = []
@@ -65,6 +76,9 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
     block_loops: ClassVar[tuple[str, ...]] = ()
     attention_queries: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     whole_streams: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    outer_masks: ClassVar[Mapping[str, str]] = {}
+    row_layers: ClassVar[Mapping[str, str]] = {}
+    gathered_modules: ClassVar[Mapping[str, GatheredModule]] = {}
 
     _state_name: ClassVar[str] = "_xfuser_wrapping"
 
@@ -108,14 +122,19 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
 
     def _wrap_submodules(self) -> None:
         for path, child in list(self.named_modules()):
-            name = path.rpartition(".")[2]
-            if name in self.submodule_name_to_wrap:
-                place = re.sub(r"\.\d+\.", ".*.", path)
+            name, place = path.rpartition(".")[2], re.sub(r"\.\d+\.", ".*.", path)
+            gathered = self.gathered_modules.get(place)
+            if gathered is not None and gathered.matches(child):
+                wrap_gathered(child, gathered)
+            elif place in self.row_layers:
+                wrap_row_layer(child, self.row_layers[place])
+            elif name in self.submodule_name_to_wrap:
                 streams = self.attention_streams.get(place)
                 if streams is not None:
                     queries = self.attention_queries.get(place, streams)
                     whole = self.whole_streams.get(path.partition(".")[0], ())
-                    wrap_attention(child, queries, streams, whole)
+                    mask = self.outer_masks.get(place)
+                    wrap_attention(child, queries, streams, whole, mask)
             elif type(child) in self.submodule_classes_to_wrap:
                 wrap_layer(child)
 
@@ -188,6 +207,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         latents: str | None = None,
         context: str | None = None,
         rows: Mapping[int, int] | None = None,
+        row_counts: Mapping[str, int] | None = None,
     ) -> BlockRegion:
         """Start the region of block list `loop`.
 
@@ -198,6 +218,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             context: "before" or "after" where that stream holds other tokens as well.
             rows: the dimensions of the latents that count tokens, each with a token's
                 extent, the one that the stream runs over last first.
+            row_counts: rows of the image, by stream, where every rank must hold whole ones.
         """
         state = get_runtime_state()
         wrapping = self._wrapping
@@ -217,6 +238,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
                     length,
                     row=row if name == latents else 1,
                     follows_latents=name == latents,
+                    grain=_grain(length, row_counts, name),
                 )
                 for name, length in streams.items()
             ),
@@ -289,6 +311,13 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
     def _wrapping(self) -> _Wrapping:
         wrapping: _Wrapping = self.__dict__[self._state_name]
         return wrapping
+
+
+def _grain(length: int, row_counts: Mapping[str, int] | None, stream: str) -> int:
+    """Tokens of a row of the image where ranks hold whole rows, else 1."""
+    if row_counts is None or stream not in row_counts:
+        return 1
+    return length // row_counts[stream]
 
 
 class _Wrapping:

@@ -149,6 +149,12 @@ class BlockRegion:
         lengths = {s.name: s.length for s in self.layout.segments}
         return list(accumulate((lengths[name] for name in names), initial=0))[:-1]
 
+    def count_rows(self, rows: int, stream: str) -> int:
+        """Rows of the image that this rank holds, of `rows` in the whole stream."""
+        grain = self.length((stream,)) // rows
+        names = self.expand((stream,))
+        return self.layout.length(names, self.patch, self.shard_index) // grain
+
     def expand(self, streams: Sequence[str]) -> tuple[str, ...]:
         """The segments of streams, in the order in which they lie."""
         return tuple(

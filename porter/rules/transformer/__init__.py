@@ -9,11 +9,13 @@ from porter.rules.transformer.block_guard import BlockGuard
 from porter.rules.transformer.block_region import BlockRegion
 from porter.rules.transformer.first_stage_pos_embed import FirstStagePosEmbed
 from porter.rules.transformer.forward_check_condition import ForwardCheckCondition
+from porter.rules.transformer.gathered_modules import GatheredModules
 from porter.rules.transformer.init_submodules import InitSubmodules
 from porter.rules.transformer.last_stage_output import LastStageOutput
 from porter.rules.transformer.patch_height_width import PatchHeightWidth
 
 RULES: tuple[type[Rule[Any]], ...] = (
+    GatheredModules,
     InitSubmodules,
     ForwardCheckCondition,
     PatchHeightWidth,

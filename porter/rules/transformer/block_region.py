@@ -14,7 +14,7 @@ the streams.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import libcst as cst
@@ -45,7 +45,8 @@ class BlockRegion(Rule[Forward]):
             if loop.around is not None and loop.around not in entered:
                 entered.append(loop.around)
                 outer = loop.around
-            edits.extend(self._loop_edits(module, loop, measured, outer))
+            counts = facts.facts.mixing.rows.get(loop.blocks, {})
+            edits.extend(self._loop_edits(module, loop, measured, counts, outer))
         return edits
 
     def _loop_edits(
@@ -53,12 +54,15 @@ class BlockRegion(Rule[Forward]):
         module: ParsedModule,
         loop: BlockLoop,
         facts: LoopFacts,
+        row_counts: Mapping[str, str],
         outer: Statement,
     ) -> Iterator[Edit]:
         """The edits of one loop; `outer` is the statement that its start stands before."""
         carried = [name for name in loop.carried if name in facts.values]
         own = {*carried, *loop.filled}
-        before = [_begin(facts)]
+        before = [_begin(facts, row_counts)]
+        for stream, name in row_counts.items():
+            before.append(f'{_local(name)} = region.count_rows({name}, "{stream}")')
         for name, axes in facts.values.items():
             target = name if name in own else _local(name)
             before.append(f"{target} = {_shard(name, axes)}")
@@ -80,11 +84,12 @@ class BlockRegion(Rule[Forward]):
             self.insert_after(module, loop.node, "\n".join(after), at=at),
         ):
             yield replace(edit, outside=True)
-        for node in _reads(loop, {*facts.values, *facts.counts} - own):
+        read = {*facts.values, *facts.counts, *row_counts.values()} - own
+        for node in _reads(loop, read):
             yield self.replace(module, node, _local(node.value), at=at)
 
 
-def _begin(facts: LoopFacts) -> str:
+def _begin(facts: LoopFacts, row_counts: Mapping[str, str]) -> str:
     streams = ", ".join(
         f'"{name}": {variable}.shape[{dim}]'
         for name, (variable, dim) in facts.lengths.items()
@@ -95,6 +100,9 @@ def _begin(facts: LoopFacts) -> str:
     if facts.rows:
         rows = ", ".join(f"{dim}: {extent}" for dim, extent in facts.rows)
         latents += f", rows={{{rows}}}"
+    if row_counts:
+        counts = ", ".join(f'"{name}": {count}' for name, count in row_counts.items())
+        latents += f", row_counts={{{counts}}}"
     return f'region = self._begin_region("{facts.blocks}", {{{streams}}}{latents})'
 
 

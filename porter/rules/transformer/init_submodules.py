@@ -3,8 +3,8 @@
 Match:    the `forward` of the class.
 Landmark: the class attributes stand above it.
 Emit:     `submodule_classes_to_wrap`, `submodule_name_to_wrap`, the streams that the keys
-          of each wrapped attention hold, those of its queries where they differ, and the
-          streams that stay whole on every rank.
+          of each wrapped attention hold, those of its queries where they differ, the
+          streams that stay whole on every rank, masks that need completing, layers over rows.
 Manual:   2.1
 
 The manual hands these to `__init__`; ours are class attributes, since the wrapper defines
@@ -44,6 +44,10 @@ class InitSubmodules(Rule[Forward]):
             text += f"attention_queries = {dict(measured.queries)!r}\n"
         if whole:
             text += f"whole_streams = {whole!r}\n"
+        if measured.mixing.outer_masks:
+            text += f"outer_masks = {dict(measured.mixing.outer_masks)!r}\n"
+        if measured.mixing.row_layers:
+            text += f"row_layers = {dict(measured.mixing.row_layers)!r}\n"
         start, _ = excerpt(module, facts.method)
         text = format_statements(text, INDENT) + "\n\n"
         return [self._edit(module, start, start, text, facts.method)]

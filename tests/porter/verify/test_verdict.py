@@ -8,7 +8,7 @@ import pytest
 from porter.lock import Lock
 from porter.verify.modes import Mode, all_modes
 from porter.verify.proofs import with_verification
-from porter.verify.sabotage import FAULTS, faults_for
+from porter.verify.sabotage import FAULTS, MIXING_FAULTS, Mechanisms, faults_for
 from porter.verify.verdict import Measurement, ModeVerdict, Sabotage, Verification
 from xfuser_runtime.replay.faults import FAULTS as INJECTED
 
@@ -59,6 +59,9 @@ def test_a_sabotage_that_did_not_run_shows_nothing(sabotage: Sabotage) -> None:
     assert _verdict(sabotages=(CAUGHT, sabotage)).status == "unproven"
 
 
+EVERYTHING = Mechanisms(masks=True, mixing=tuple(MIXING_FAULTS))
+
+
 def test_table_and_json_say_the_same() -> None:
     verdicts = (_verdict(), _verdict(Mode(cfg=2), measurements=(BAD,)))
     verification = Verification("Pipe", verdicts, {"dull case": "too dull"}, 3.0)
@@ -72,13 +75,11 @@ def test_table_and_json_say_the_same() -> None:
 
 
 def test_every_fault_that_is_asked_for_can_be_injected() -> None:
-    asked = {
-        fault for mode in all_modes() for fault in faults_for(mode, has_masks=True)
-    }
+    asked = {fault for mode in all_modes() for fault in faults_for(mode, EVERYTHING)}
     assert asked == set(INJECTED)
     for mode in all_modes():
         for kind in mode.kinds:
-            assert set(FAULTS[kind]) & set(faults_for(mode, has_masks=False))
+            assert set(FAULTS[kind]) & set(faults_for(mode, Mechanisms()))
 
 
 def test_new_verdicts_replace_old_proofs() -> None:

@@ -1,0 +1,311 @@
+"""How the blocks of one loop mix tokens, and whether ranks must hold whole rows for it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import libcst as cst
+import torch
+from torch import nn
+
+from porter.analysis.block_loops import BlockLoop
+from porter.analysis.facts import LoopFacts, TokenAxis
+from porter.analysis.mixing import MixingFacts, TokenCut
+from porter.errors import Refusal
+from porter.parsed import ParsedModule
+from porter.probe.capture import TransformerCall
+from porter.probe.cuts import Shard, Unlike, cut_of
+from porter.probe.leaves import tensor_leaves
+from porter.probe.locality import measure_blocks
+from porter.probe.loop_runs import run_swapped
+from porter.probe.rank_run import BlockCall, RankInput, Remedies, Tokens, starred
+
+_RANKS = 2
+Arguments = Mapping[str, Any]
+"""Arguments of a block, by parameter."""
+Swap = Callable[[str, Any], Any]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """An integer that counts the rows of the image.
+
+    Attributes:
+        stream: the stream that holds the image.
+        variable: the integer.
+        count: its value.
+    """
+
+    stream: str
+    variable: str
+    count: int
+
+
+class MixingProbe:
+    """Finds the remedies of one loop's blocks.
+
+    Args:
+        model: the shrunken stock model.
+        source: the module that defines its class.
+        forward: its forward.
+        loop: the loop.
+        where: `file:line` of the loop, for messages.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        source: ParsedModule,
+        forward: cst.FunctionDef,
+        loop: BlockLoop,
+    ) -> None:
+        self._blocks = getattr(model, loop.blocks)
+        self._loop = loop
+        self._where = source.where(loop.node)
+        self._run: Callable[[TransformerCall, Swap], None] = functools.partial(
+            run_swapped, model, source, forward, loop
+        )
+
+    def measure(
+        self,
+        facts: LoopFacts,
+        attention: Mapping[str, tuple[str, ...]],
+        calls: Sequence[tuple[TransformerCall, Mapping[str, int]]],
+        integers: Sequence[Mapping[str, int]],
+    ) -> tuple[Remedies, dict[str, str]]:
+        """The remedies, and by stream the variable that counts the image's rows.
+
+        A block that is told the height and width of the image stands any number of whole
+        rows when it is told its own height; which of the integers that is, is tried.
+
+        Args:
+            facts: the loop's.
+            attention: streams of the keys by path inside a block.
+            calls: calls of the model, each with the lengths of the loop's streams.
+            integers: the integers that the loop reads, in every run.
+
+        Raises:
+            Refusal: a block mixes tokens in a way that has no remedy.
+        """
+        samples = [(call, lengths, self._calls(call)) for call, lengths in calls]
+        refusal: Refusal | None = None
+        for rows in (None, *self._row_counts(facts, calls[0][1], integers)):
+            remedies = Remedies()
+            try:
+                for call, lengths, blocks in samples:
+                    ranks = self._ranks(call, blocks[0], lengths, facts, rows)
+                    tokens = Tokens(ranks, attention, facts.whole, self._where)
+                    measure_blocks(blocks, tokens, remedies)
+            except Refusal as error:
+                refusal = refusal or error
+            else:
+                return remedies, {rows.stream: rows.variable} if rows else {}
+        assert refusal is not None
+        raise refusal
+
+    def _calls(self, call: TransformerCall) -> list[BlockCall]:
+        """All blocks with their arguments, as the model calls them."""
+        calls: list[BlockCall] = []
+
+        def note(block: nn.Module, args: Any, kwargs: Any) -> None:
+            calls.append(BlockCall(block, bound_arguments(block, args, kwargs)))
+
+        handles = [
+            block.register_forward_pre_hook(note, with_kwargs=True)
+            for block in self._blocks
+        ]
+        try:
+            with torch.no_grad():
+                self._run(call, lambda name, value: value)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return calls
+
+    def _ranks(
+        self,
+        call: TransformerCall,
+        first: BlockCall,
+        lengths: Mapping[str, int],
+        facts: LoopFacts,
+        rows: Rows | None,
+    ) -> tuple[RankInput, ...]:
+        """What each rank holds, and what the first block is then given."""
+        found = []
+        grains = {rows.stream: lengths[rows.stream] // rows.count} if rows else {}
+        for rank in range(_RANKS):
+            held = {}
+            for name, length in lengths.items():
+                grain = grains.get(name, 1)
+                half = (length // grain + 1) // 2 * grain
+                held[name] = (0, half) if rank == 0 else (half, length)
+            shard = Shard(held, lengths, grains)
+            arguments = self._first_arguments(call, facts, shard, rows)
+            found.append(_rank_input(shard, first.arguments, arguments))
+        return tuple(found)
+
+    def _first_arguments(
+        self,
+        call: TransformerCall,
+        facts: LoopFacts,
+        shard: Shard,
+        rows: Rows | None,
+    ) -> Arguments:
+        """What the loop hands to its first block when its variables are a rank's."""
+
+        def swap(name: str, value: Any) -> Any:
+            if rows is not None and name == rows.variable:
+                start, stop = shard.rows[rows.stream]
+                return (stop - start) // shard.grains[rows.stream]
+            if name in facts.counts:
+                return sum(
+                    stop - start
+                    for start, stop in map(shard.rows.__getitem__, facts.counts[name])
+                )
+            return _local(value, facts.values.get(name, ()), shard)
+
+        def stop(block: nn.Module, args: Any, kwargs: Any) -> None:
+            raise _FirstBlock(bound_arguments(block, args, kwargs))
+
+        handle = self._blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                self._run(call, swap)
+        except _FirstBlock as reached:
+            return reached.arguments
+        finally:
+            handle.remove()
+        raise Refusal(
+            f"a loop that does not call its first block of {self._loop.blocks}",
+            expected="one that calls all of them",
+            where=self._where,
+        )
+
+    def _row_counts(
+        self,
+        facts: LoopFacts,
+        lengths: Mapping[str, int],
+        integers: Sequence[Mapping[str, int]],
+    ) -> Iterator[Rows]:
+        """The integers that may count the image's rows."""
+        stream = facts.latents
+        if stream is None or facts.context is not None or stream not in lengths:
+            return
+        for name, count in integers[0].items():
+            known = all(run.get(name, 0) > 1 for run in integers)
+            if known and name in self._loop.arguments and not lengths[stream] % count:
+                yield Rows(stream, name, count)
+
+
+class _FirstBlock(Exception):
+    """Ends a forward at its first block."""
+
+    def __init__(self, arguments: Arguments) -> None:
+        super().__init__()
+        self.arguments = arguments
+
+
+def bound_arguments(
+    block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a call of `block`, by parameter."""
+    bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs)
+    return dict(list(bound.arguments.items())[1:])
+
+
+def _rank_input(shard: Shard, whole: Arguments, local: Arguments) -> RankInput:
+    """How a rank's arguments differ from those of the whole run.
+
+    A tensor that is no part of the whole run's is taken whole: blocks that read it then
+    show what is wrong.
+    """
+    cuts: dict[str, TokenCut] = {}
+    locals_ = dict(tensor_leaves(local))
+    for path, leaf in tensor_leaves(whole):
+        try:
+            cut = cut_of(leaf, locals_[path], shard) if path in locals_ else None
+        except Unlike:
+            continue
+        if cut is not None:
+            cuts[path] = cut
+    integers = {
+        name: value
+        for name, value in local.items()
+        if type(value) is int and value != whole.get(name)
+    }
+    return RankInput(shard, cuts, integers)
+
+
+def _local(value: Any, axes: tuple[TokenAxis, ...], shard: Shard) -> Any:
+    """The rank's part of a variable; a mask over pairs keeps all its columns."""
+    if not axes or value is None:
+        return value
+    if axes[0].item is not None:
+        items = {axis.item: axis for axis in axes}
+        return tuple(
+            _along(item, items[i], shard) if i in items else item
+            for i, item in enumerate(value)
+        )
+    return _along(value, axes[0], shard)
+
+
+def _along(value: Any, axis: TokenAxis, shard: Shard) -> Any:
+    if isinstance(value, torch.Tensor):
+        total = sum(shard.lengths[name] for name in axis.streams)
+        if value.ndim <= axis.dim or value.shape[axis.dim] != total:
+            return value
+        return shard.select(value, TokenCut(axis.dim, axis.streams))
+    if isinstance(value, dict):
+        return {k: _along(v, axis, shard) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_along(item, axis, shard) for item in value)
+    return value
+
+
+def mixing_facts(
+    loops: Sequence[tuple[str, Remedies, Mapping[str, str]]], where: str
+) -> MixingFacts:
+    """The facts of a transformer from what its loops need.
+
+    Args:
+        loops: block list, remedies, and variable of the rows by stream.
+        where: `file:line` of the forward, for messages.
+    """
+    found = MixingFacts()
+    for blocks, remedies, rows in loops:
+        sums = {_name(cls): item.texts for cls, item in remedies.token_sums.items()}
+        summing = _starred(blocks, dict.fromkeys(remedies.summing))
+        found = MixingFacts(
+            rows={**found.rows, **({blocks: dict(rows)} if rows else {})},
+            gathered={**found.gathered, **_starred(blocks, remedies.gathered)},
+            row_layers={**found.row_layers, **_starred(blocks, remedies.row_layers)},
+            outer_masks={**found.outer_masks, **_starred(blocks, remedies.outer_masks)},
+            token_sums={**found.token_sums, **sums},
+            summing=tuple(sorted({*found.summing, *summing})),
+            scales=tuple(sorted({*found.scales, *map(_name, remedies.scales)})),
+        )
+    return replace(found, refused=_refused(found, where))
+
+
+def _refused(found: MixingFacts, where: str) -> dict[str, str]:
+    """Patches see keys of the step before; no other mixing is known to stand that."""
+    for paths, what in (
+        (found.gathered, "runs on whole streams"),
+        (found.row_layers, "is a convolution over the rows of the image"),
+        (found.summing, "is linear attention"),
+    ):
+        for path in sorted(paths):
+            return {"pipefusion": f"{where}: {path} {what}"}
+    return {}
+
+
+def _starred(blocks: str, paths: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{blocks}.*.{starred(path)}": item for path, item in paths.items()}
+
+
+def _name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

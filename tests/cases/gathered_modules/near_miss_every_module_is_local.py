@@ -1,0 +1,9 @@
+# facts: {"loops": [{"blocks": "blocks", "lengths": {"hidden_states": ["hidden_states", 1]}, "latents": "hidden_states", "context": null, "rows": [], "values": {"hidden_states": [{"dim": 1, "streams": ["hidden_states"], "item": null, "keys": null, "ndim": 3, "optional": false}]}}], "attention": {}, "processors": [], "layers": []}
+class ToyModel(ModelMixin):
+    def __init__(self):
+        super().__init__()
+
+    def forward(self, hidden_states, temb=None, return_dict=True):
+        for block in self.blocks:
+            hidden_states = block(hidden_states, temb)
+        return (self.proj_out(hidden_states),)
