@@ -1,0 +1,152 @@
+"""What mixes tokens inside a block is found by running the block as two ranks would."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from porter.analysis.mixing import TokenCut
+from porter.errors import Refusal
+from porter.probe.cuts import Shard, Unlike, cut_of
+from porter.probe.locality import measure_blocks
+from porter.probe.rank_run import BlockCall, RankInput, Remedies, Tokens
+
+B, H, W, C = 2, 5, 3, 8
+TOKENS = TokenCut(1, ("x",))
+
+
+class Sorting(nn.Module):
+    """Each token gets the value of its rank among all: nothing of it is local."""
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return scale * x.sort(dim=1).values
+
+
+class LinearAttention(nn.Module):
+    """Calls a processor, as the library's attention modules do."""
+
+    def __init__(self, processor: Any) -> None:
+        super().__init__()
+        self.to_v = nn.Linear(C, C)
+        self.processor = processor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.processor(self, x)
+
+
+class SummingProcessor:
+    """Linear attention without a normaliser."""
+
+    def __call__(self, attn: Any, x: torch.Tensor) -> torch.Tensor:
+        key, value = x.transpose(1, 2), attn.to_v(x)
+        scores = torch.matmul(key, value)
+        return torch.matmul(x, scores)
+
+
+class Block(nn.Module):
+    """A pointwise map, then what the test gives."""
+
+    def __init__(self, mix: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.mix = nn.LayerNorm(C), mix
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.mix(self.norm(x))
+
+
+class GridBlock(nn.Module):
+    """Convolves the tokens as an image of a height that it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 3, padding=1))
+
+    def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        image = x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return x + self.inner(image).flatten(2).transpose(1, 2)
+
+
+class MaskedBlock(nn.Module):
+    """Attends under the outer product of a mask over its tokens, with a scale of its own."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        pairs = mask[:, None, None, :] * mask[:, None, :, None]
+        q = x[:, None]
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=pairs)[:, 0]
+
+
+class Averaging(nn.Module):
+    """Mixes in the block itself, outside of any module."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - x.mean(dim=1, keepdim=True)
+
+
+def _remedies(block: nn.Module, rows: bool = False, **arguments: Any) -> Remedies:
+    torch.manual_seed(0)
+    length = H * W
+    ranks = []
+    for start, stop in ((0, 3 * W), (3 * W, length)):
+        shard = Shard({"x": (start, stop)}, {"x": length}, {"x": W} if rows else {})
+        integers = {"height": (stop - start) // W} if rows else {}
+        cuts = {"x": TOKENS, "mask": TOKENS}
+        ranks.append(RankInput(shard, cuts, integers))
+    call = BlockCall(block, {"x": torch.randn(B, length, C), **arguments})
+    found = Remedies()
+    tokens = Tokens(tuple(ranks), {"": ("x",)}, (), "toy.py:1")
+    with torch.no_grad():
+        measure_blocks([call], tokens, found)
+    return found
+
+
+def test_a_block_that_maps_tokens_by_themselves_needs_nothing() -> None:
+    assert _remedies(Block(nn.Linear(C, C))) == Remedies()
+
+
+def test_a_module_that_sorts_tokens_runs_on_all_of_them() -> None:
+    found = _remedies(Block(Sorting()))
+    (item,) = found.gathered.values()
+    assert list(found.gathered) == ["mix"] and item.module.endswith(".Sorting")
+    assert item.inputs == {"x": TOKENS} and item.outputs == {"": TOKENS}
+
+
+def test_a_processor_that_sums_over_tokens_sums_over_ranks() -> None:
+    found = _remedies(Block(LinearAttention(SummingProcessor())))
+    assert found.token_sums[SummingProcessor].texts == ("torch.matmul(key, value)",)
+    assert found.summing == {"mix"} and not found.gathered
+
+
+def test_a_convolution_over_rows_exchanges_its_halo() -> None:
+    found = _remedies(GridBlock(), rows=True, height=H, width=W)
+    assert found.row_layers == {"inner.1": "x"} and not found.gathered
+
+
+def test_a_block_that_is_told_the_whole_height_is_refused() -> None:
+    with pytest.raises(Refusal, match="fails on part of its tokens"):
+        _remedies(GridBlock(), height=H, width=W)
+
+
+def test_the_outer_product_of_a_mask_is_recognised() -> None:
+    mask = torch.ones(B, H * W)
+    mask[1, 4:7] = 0
+    found = _remedies(MaskedBlock(), mask=mask)
+    assert found.outer_masks == {"": "product"}
+
+
+def test_mixing_in_the_block_itself_is_refused() -> None:
+    with pytest.raises(Refusal, match="a block that mixes tokens"):
+        _remedies(Averaging())
+
+
+def test_a_cut_is_told_by_values() -> None:
+    shard = Shard({"a": (0, 2), "b": (3, 4)}, {"a": 4, "b": 4}, {})
+    whole = torch.randn(2, 8, 3)
+    cut = cut_of(whole, whole[:, [0, 1, 7]], shard)
+    assert cut == TokenCut(1, ("a", "b"))
+    assert cut_of(whole, whole.clone(), shard) is None
+    with pytest.raises(Unlike):
+        cut_of(whole, whole[:, [0, 1, 6]], shard)
