@@ -76,6 +76,8 @@ class Components:
         cls = _resolved(changes.pop("class", hinted))
         if _is_tokenizer(name):
             tokenizer = make_tokenizer(tokenizer_for(cls, self._encoder_hint(name)))
+            for entry, value in changes.items():
+                setattr(tokenizer, entry, value)
             if is_processor(cls):
                 return stand_ins.TextProcessor(tokenizer, tokenizer.chat_template)
             return tokenizer
@@ -176,6 +178,8 @@ class Components:
         """The encoder that a tokenizer or processor belongs to."""
         suffix = name.rpartition("tokenizer")[2]
         hint = self.hints.get(f"text_encoder{suffix}") or self.hints.get("text_encoder")
+        if hint is None:
+            return None
         entries = self.changes.get(f"text_encoder{suffix}", {})
         return _resolved(entries.get("class", hint))
 

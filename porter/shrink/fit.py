@@ -42,10 +42,10 @@ def fit_widths(pipeline: Any, components: Components) -> None:
     """
     if getattr(pipeline, "transformer", None) is None:
         return
-    deepened = False
+    deepens, deepened = "text_encoder" in components.hints, False
     for _ in range(ATTEMPTS):
         failure = _first_failure(pipeline)
-        if isinstance(failure, LookupError) and not deepened:
+        if isinstance(failure, LookupError) and not deepened and deepens:
             deepened = True
             _change(pipeline, components, "text_encoder", {"layers": DEEP})
             continue

@@ -40,6 +40,7 @@ SEQUENCE_LENGTHS = (48, 72)
 """`max_sequence_length` for the short and the long set."""
 
 _SPATIAL_NAMES = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio")
+_PROMPT_NAMES = ("prompt", "negative_prompt")
 _FRAME_NAMES = ("num_frames", "frames", "video_length")
 _GUIDANCE_NAMES = ("true_cfg_scale", "guidance_scale")
 
@@ -71,7 +72,7 @@ def call_kwargs(
 
     Args:
         height, width: pixels; None takes the first of :func:`image_sizes`.
-        batch_size: prompts in the call.
+        batch_size: prompts in the call; one where the pipeline takes no more.
         guidance: whether the second branch is on.
         text: 0 or 1, one of two sets of prompts of different token counts.
         num_inference_steps: denoising steps.
@@ -89,6 +90,8 @@ def call_kwargs(
     number = sizes.index(size) if size in sizes else 0
     frames = own.get("num_frames") or frame_count(pipeline, number)
     texts = PROMPTS[text]
+    one = type(pipeline).__name__ in table.ONE_PROMPT
+    batch_size = 1 if one else batch_size
     wanted: dict[str, Any] = {
         "prompt": [texts[i % len(texts)] for i in range(batch_size)],
         "height": size[0],
@@ -108,13 +111,15 @@ def call_kwargs(
     }
     given = table.GIVEN.get(type(pipeline).__name__, frozenset())
     wanted.update(_pictures(type(pipeline), names, given, *size, batch_size))
-    wanted.update(videos(names, given, (frames, *size), batch_size))
+    wanted.update(videos(type(pipeline), given, (frames, *size), batch_size))
     if "prior_token_ids" in names:
         wanted["prior_token_ids"] = _prior_tokens(pipeline, wanted, batch_size, text)
     length = names.get("max_sequence_length")
     if length is not None and length.default is None:
         # The pipeline knows how much its own words around the prompt take.
         del wanted["max_sequence_length"]
+    if one:
+        wanted |= {n: v[0] for n, v in wanted.items() if n in _PROMPT_NAMES}
     return {name: value for name, value in wanted.items() if name in names}
 
 

@@ -10,12 +10,13 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+
+from . import table
 
 LATENT_FRAMES = (5, 7, 5)
 """Latent frames of a video at each picture size: more than a 4-fold cut into patches
@@ -34,7 +35,7 @@ def frame_count(pipeline: Any, size: int) -> int:
 
 
 def videos(
-    names: Mapping[str, inspect.Parameter],
+    pipeline_class: type,
     given: frozenset[str],
     shape: tuple[int, int, int],
     batch_size: int,
@@ -42,7 +43,7 @@ def videos(
     """Arguments with videos: those that are required, and those in ``given``.
 
     Args:
-        names: parameters of ``__call__``.
+        pipeline_class: whose ``__call__`` is served.
         given: optional ones to pass as well.
         shape: frames, height and width.
         batch_size: videos of an argument; one alone is a plain list of its frames.
@@ -51,7 +52,9 @@ def videos(
         Lists of pictures, or tensors (B, C, F, H, W) from 0 to 1 where the hint says so.
     """
     found: dict[str, Any] = {}
-    for name, parameter in names.items():
+    source = inspect.getsource(pipeline_class)
+    call = inspect.signature(pipeline_class.__call__)  # type: ignore[attr-defined]
+    for name, parameter in call.parameters.items():
         required = parameter.default is parameter.empty
         if not _VIDEO.search(name) or not (required or name in given):
             continue
@@ -60,12 +63,16 @@ def videos(
         if isinstance(parameter.annotation, type):
             found[name] = _tensor(made)
         else:
-            found[name] = made[0] if batch_size == 1 else made
+            # The body looks at the first frame: it expects the frames of one video.
+            one = f"{name}[0].size" in source
+            found[name] = made[0] if one or batch_size == 1 else made
     return found
 
 
 def takes_one(pipeline_class: type, name: str) -> bool:
     """Whether the class's own checks of an argument leave out lists of pictures."""
+    if pipeline_class.__name__ in table.ONE_PICTURE:
+        return True
     check = getattr(pipeline_class, "check_inputs", None)
     if check is None:
         return False

@@ -98,7 +98,8 @@ def vae_config(cls: type, latent_channels: int | None) -> dict[str, Any]:
         if name == "norm_num_groups" or name == "attention_head_dim":
             config[name] = VAE_CHANNELS // 2
         elif name == "base_dim" or (name == "decoder_base_dim" and value):
-            config[name] = VAE_CHANNELS
+            # Of the widest pictures; further levels have multiples of it.
+            config[name] = VAE_CHANNELS // 2
         elif name.endswith("block_out_channels") and value:
             # One level by default, in released checkpoints four.
             config[name] = (VAE_CHANNELS,) * (len(value) if len(value) > 1 else 4)

@@ -22,7 +22,19 @@ STAND_INS = {
 }
 """What is built instead of a hinted class, by the class's name."""
 
+_MOTIF = {
+    # The library's encoder reads an entry that its configuration lacks.
+    "text_encoder": {"text_config": {"dropout_rate": 0.0}},
+    # Hinted by the abstract bases.
+    "guider": {"class": "diffusers:ClassifierFreeGuidance"},
+    "scheduler": {"class": "diffusers:FlowMatchEulerDiscreteScheduler"},
+}
+
 _NO_MICRO_CONDITIONS = {"transformer": {"use_additional_conditions": False}}
+
+_NO_CONTEXT: dict[str, Any] = {"img_context_dim_in": None}
+_MASKED_FRAMES = {**_NO_CONTEXT, "in_channels": 17}
+"""The latents and a mask of the frames that are given."""
 
 _ROTARY = {"use_rotary_positional_embeddings": True, "attention_head_dim": 16}
 _EASY = {"out_channels": 16, "patch_size": 2, "attention_head_dim": 16}
@@ -142,6 +154,8 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     "HunyuanVideoImageToVideoPipeline": {
         "transformer": {"image_condition_type": "latent_concat", "in_channels": 33},
         "text_encoder": {"pad_token_id": 0},
+        # As in the released checkpoint: the body counts the template's tokens.
+        "tokenizer": {"padding_side": "right"},
     },
     # Channels of a backbone that is named after its first pipeline.
     "Kandinsky5I2VPipeline": {
@@ -181,23 +195,24 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     "Cosmos3OmniPipeline": {
         "transformer": {"latent_channel": 16, "patch_latent_dim": 64}
     },
-    # None by default: context of pictures, which these bodies do not pass.
-    **dict.fromkeys(
-        (
-            "CosmosTextToWorldPipeline",
-            "Cosmos2TextToImagePipeline",
-        ),
-        {"transformer": {"img_context_dim_in": None}},
-    ),
-    # The latents and a mask of the frames that are given.
+    # None by default: context of pictures, which the bodies do not pass.
+    "CosmosTextToWorldPipeline": {"transformer": _NO_CONTEXT},
+    # The first of the bodies' own noise levels is zero, which they divide by.
+    "Cosmos2TextToImagePipeline": {
+        "transformer": _NO_CONTEXT,
+        "scheduler": {"use_karras_sigmas": True},
+    },
+    "Cosmos2VideoToWorldPipeline": {
+        "transformer": _MASKED_FRAMES,
+        "scheduler": {"use_karras_sigmas": True},
+    },
     **dict.fromkeys(
         (
             "CosmosVideoToWorldPipeline",
-            "Cosmos2VideoToWorldPipeline",
             "Cosmos2_5_PredictBasePipeline",
             "Cosmos2_5_TransferPipeline",
         ),
-        {"transformer": {"img_context_dim_in": None, "in_channels": 17}},
+        {"transformer": _MASKED_FRAMES},
     ),
     # The hinted half of an encoder-decoder.
     **dict.fromkeys(
@@ -254,12 +269,18 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     ),
     # The latents and a picture beside them; twice the released VAE's channels.
     "HunyuanSkyreelsImageToVideoPipeline": {"transformer": {"in_channels": 32}},
+    # None by default: the width of the picture's tokens.
+    "MotifVideoImage2VideoPipeline": {
+        **_MOTIF,
+        "transformer": {"image_embed_dim": 32},
+    },
     # Two tasks: one sees the picture's tokens, the other is told that there is none.
     "HunyuanVideo15Pipeline": {"transformer": {"image_embed_dim": 32}},
     "HunyuanVideo15ImageToVideoPipeline": {
-        "transformer": {"image_embed_dim": 32},
+        # The body scales every picture to the area of this side's square.
+        "transformer": {"image_embed_dim": 32, "target_size": 128},
         # The last level averages groups of channels into twice the latents'.
-        "vae": {"block_out_channels": (8, 8, 8, 8, 64)},
+        "vae": {"block_out_channels": (8, 16, 32, 64, 64)},
     },
     # Norms of the VAE cut every width into 32 groups.
     "MochiPipeline": {
@@ -275,16 +296,7 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
         "image_processor": {"class": "transformers:CLIPImageProcessorPil"},
         "transformer": {"image_dim": 32, "added_kv_proj_dim": 96, "in_channels": 36},
     },
-    # Hinted by the abstract bases.
-    **dict.fromkeys(
-        ("MotifVideoPipeline", "MotifVideoImage2VideoPipeline"),
-        {
-            # The library's encoder reads an entry that its configuration lacks.
-            "text_encoder": {"text_config": {"dropout_rate": 0.0}},
-            "guider": {"class": "diffusers:ClassifierFreeGuidance"},
-            "scheduler": {"class": "diffusers:FlowMatchEulerDiscreteScheduler"},
-        },
-    ),
+    "MotifVideoPipeline": _MOTIF,
     # None by default, meaning unpatched; the latents have a quarter of the packed width.
     # The first three blocks and the last one are dense whatever the depth; of 128 experts
     # each would take one token of a small image.
@@ -312,6 +324,7 @@ CALLS: dict[str, Any] = {
 }
 """Arguments of ``__call__`` whose defaults do not fit a small run, by name."""
 
+_ROLE = "<|start_header_id|><|end_header_id|>"
 _WHOLE_TEXT = {"max_sequence_length": 512}
 """The blocks tell pictures from text by counting 512 tokens of text from the end."""
 
@@ -321,16 +334,25 @@ CALLS_OF: dict[str, dict[str, Any]] = {
     "SkyReelsV2ImageToVideoPipeline": _WHOLE_TEXT,
     # Two segments of a video.
     "WanAnimatePipeline": {**_WHOLE_TEXT, "segment_frame_length": 9},
+    # Four patches of the picture instead of 576, and no sentences around the prompt.
+    "HunyuanVideoImageToVideoPipeline": {
+        "prompt_template": {
+            "template": f"{_ROLE}<image><|eot_id|>{_ROLE}{{}}<|eot_id|>{_ROLE}",
+            "crop_start": 6,
+            "image_emb_start": 2,
+            "image_emb_end": 6,
+            "image_emb_len": 4,
+        }
+    },
     # Two sections of a video.
     "HunyuanVideoFramepackPipeline": {"latent_window_size": 3},
     "LattePipeline": {"video_length": 5},
     # Chunks of latent frames, which sum up to all of them.
     "AnyFlowFARPipeline": {"chunk_partition": [1, 2, 2], "num_frames": 17},
-    # Two passes along a video, or more.
+    # Two passes along a video, or more.  (From a picture, upstream's second pass fails.)
     **dict.fromkeys(
         (
             "SkyReelsV2DiffusionForcingPipeline",
-            "SkyReelsV2DiffusionForcingImageToVideoPipeline",
             "SkyReelsV2DiffusionForcingVideoToVideoPipeline",
         ),
         {"base_num_frames": 13, "overlap_history": 5},
@@ -339,6 +361,19 @@ CALLS_OF: dict[str, dict[str, Any]] = {
     "LTX2ImageToVideoPipeline": {"image_crf": 0},
 }
 """Arguments of ``__call__`` that do not fit a small run, by pipeline."""
+
+ONE_PROMPT = frozenset(
+    {
+        "LTXI2VLongMultiPromptPipeline",
+        "WanVACEPipeline",
+        # Its second branch sees one black picture, whatever the number of prompts.
+        "HunyuanVideoImageToVideoPipeline",
+    }
+)
+"""Pipelines that run with one prompt alone, which they take as a string."""
+
+ONE_PICTURE = frozenset({"MotifVideoImage2VideoPipeline"})
+"""Pipelines that take one picture for all prompts, and say so in no `check_inputs`."""
 
 GIVEN: dict[str, frozenset[str]] = {
     # Their task needs one, their signature calls it optional beside latents or pictures.
@@ -364,6 +399,9 @@ GIVEN: dict[str, frozenset[str]] = {
 CELLS = {
     # A code of its language model stands for two by two image tokens.
     "GlmImagePipeline": 2,
+    # The body asks for multiples of 32 pixels, two tokens.
+    "SanaVideoPipeline": 2,
+    "SanaImageToVideoPipeline": 2,
 }
 """Image tokens along one side of the smallest legal square, where it is not one."""
 

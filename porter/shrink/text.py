@@ -122,7 +122,7 @@ def _fit_vocabulary(
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "image_token_id": _token_id(tokenizer, "<|image_pad|>"),
-        "image_token_index": _token_id(tokenizer, "<|image_pad|>"),
+        "image_token_index": _token_id(tokenizer, "<image>"),
         "video_token_id": _token_id(tokenizer, "<|video_pad|>"),
         "vision_start_token_id": _token_id(tokenizer, "<|vision_start|>"),
         "vision_end_token_id": _token_id(tokenizer, "<|vision_end|>"),
