@@ -317,6 +317,9 @@ CALLS: dict[str, Any] = {
     "intermediate_timesteps": None,
     # A default made for one number of steps; a constant scale is passed instead.
     "guidance_schedule": None,
+    # Perturbed attention is a third branch, with attention processors that the pipeline sets
+    # while it runs; ports refuse those by name and run the two others.
+    "pag_scale": 0.0,
     # Maps the size to a bucket of its own list, far larger than a test's.
     "use_resolution_binning": False,
     # The default names one of forty-eight blocks.
