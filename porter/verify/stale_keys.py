@@ -163,12 +163,16 @@ class StaleKeys:
             for site, (_, keys) in enumerate(probe.touched(rows.axis, start, stop)):
                 probed.site_rows[site, patch] = keys
         whole = probe.touched(rows.axis, 0, probed.regions[-1][1])
+        # What stands behind the latents in the first blocks may get company in later
+        # ones; the parts are shared out one by one, so that a row keeps its patch.
+        behind = 0
         for site, (_, keys) in enumerate(whole):
             if keys.any():
-                for patch, rows_of_patch in enumerate(
-                    _shared_out(~keys, self._num_patches)
-                ):
+                last = int(keys.nonzero()[-1])
+                shares = _shared_out(~keys, self._num_patches, last + 1 + behind)
+                for patch, rows_of_patch in enumerate(shares):
                     probed.site_rows[site, patch] |= rows_of_patch
+                behind = behind or len(keys) - last - 1
         return probed
 
     def _outside_regions(self) -> bool:
@@ -225,11 +229,20 @@ class StaleKeys:
         return self._cached[site]
 
 
-def _shared_out(rows: torch.Tensor, num_patches: int) -> list[torch.Tensor]:
-    """The rows (S,) of each patch: every run of `rows` cut into even pieces."""
+def _shared_out(
+    rows: torch.Tensor, num_patches: int, border: int
+) -> list[torch.Tensor]:
+    """The rows (S,) of each patch: every run of `rows` cut into even pieces.
+
+    A run that goes on across row `border` counts as two.
+    """
     shares = [torch.zeros_like(rows) for _ in range(num_patches)]
     where = rows.nonzero().flatten().tolist()
-    starts = [i for i, row in enumerate(where) if i == 0 or where[i - 1] != row - 1]
+    starts = [
+        i
+        for i, row in enumerate(where)
+        if i == 0 or where[i - 1] != row - 1 or row == border
+    ]
     for start, stop in pairwise([*starts, len(where)]):
         for share, (first, last) in zip(
             shares, even_pieces(stop - start, num_patches), strict=True

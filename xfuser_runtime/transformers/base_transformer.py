@@ -186,6 +186,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             self._note_latents(first_tensor((args, kwargs)))
             with parallel_state.dry_run():
                 held = template_of(forward(self, *args, **kwargs))
+            self._wrapping.padding = 0
             self._wrapping.templates[key] = held
         return held
 
@@ -193,6 +194,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         """Remember the shape of a call's latents, and of the loop's latents in them."""
         state, shape = get_runtime_state(), tuple(given.shape)
         self._wrapping.latent_shape = self._wrapping.loop_shape = shape
+        self._wrapping.padding = 0
         if state.num_patches > 1:
             if shape not in state.loop_shapes:
                 state.loop_shapes[shape] = loop_shape(given, state.first_latents)
@@ -229,7 +231,12 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             held = LatentTokens.of(
                 latents, rows, wrapping.latent_shape, wrapping.loop_shape
             )
-            streams, parts = held.segments(streams, latents or "", context)
+            streams, parts = held.segments(
+                streams, latents or "", context, wrapping.padding
+            )
+            if context == "after":
+                rest = streams[f"{latents}.context"]
+                wrapping.padding = wrapping.padding or rest
             row = held.tokens_of_a_row
         layout = TokenLayout(
             tuple(
@@ -329,6 +336,7 @@ class _Wrapping:
         self.template: Template | None = None
         self.latent_shape: tuple[int, ...] = ()
         self.loop_shape: tuple[int, ...] = ()
+        self.padding = 0
         self.buffers: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
         self.replayer = CallReplayer()
         self._channel: P2PChannel | None = None

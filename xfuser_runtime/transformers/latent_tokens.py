@@ -84,7 +84,11 @@ class LatentTokens:
         return math.prod(shape[dim] // step for dim, step in self.rows.items())
 
     def segments(
-        self, streams: Mapping[str, int], latents: str, context: str | None
+        self,
+        streams: Mapping[str, int],
+        latents: str,
+        context: str | None,
+        padding: int = 0,
     ) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
         """The latents' stream cut in segments: its own tokens, those beside, the context.
 
@@ -93,6 +97,9 @@ class LatentTokens:
             latents: the stream that holds the latents.
             context: "before" or "after": where tokens stand that are not of what the
                 transformer is given; None where there are none.
+            padding: how many of them stood behind in an earlier region of this call.
+                Where more do now, those are a segment of their own: a token must belong
+                to one patch in all regions.
 
         Returns:
             Number of tokens by segment, and the segments of the cut stream in order.
@@ -105,6 +112,9 @@ class LatentTokens:
         if context is not None:
             rest = f"{latents}.context"
             cut[rest] = streams[latents] - given
+            if context == "after" and 0 < padding < cut[rest]:
+                cut |= {f"{latents}.padding": padding, rest: cut[rest] - padding}
+                order.append(f"{latents}.padding")
             order.insert(0 if context == "before" else len(order), rest)
         held = sum(cut[name] for name in order)
         if held != streams[latents]:

@@ -1,0 +1,115 @@
+"""Two CFG ranks: lists of both branches, a guider's entries, and guiders that do not split."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers.guiders import (
+    AdaptiveProjectedMixGuidance,
+    ClassifierFreeGuidance,
+    SkipLayerGuidance,
+)
+
+from tests.ranks import run_ranks
+from xfuser_runtime.config import EngineConfig, ParallelConfig
+from xfuser_runtime.distributed import initialize_model_parallel
+from xfuser_runtime.distributed.runtime_state import initialize_runtime_state
+from xfuser_runtime.errors import InputError
+from xfuser_runtime.pipelines import cfg, guiders
+from xfuser_runtime.transformers.outputs import template_of
+
+
+class Transformer:
+    """Counts its calls; a list of samples gives a list, one tensor gives one tensor."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+
+    def forward(self, x: Any, scale: torch.Tensor) -> Any:
+        self.samples += len(x)
+        if isinstance(x, list):
+            return ([sample * s for sample, s in zip(x, scale, strict=True)],)
+        return (x * scale[:, None],)
+
+    __call__ = forward
+
+    def output_template(self, args: Any, kwargs: Any) -> Any:
+        return template_of(Transformer().forward(*args, **kwargs))
+
+
+def _session() -> None:
+    config = ParallelConfig(use_cfg_parallel=True)
+    initialize_runtime_state(EngineConfig(parallel_config=config))
+    initialize_model_parallel(config)
+    cfg.wrapped_transformer = lambda transformer: transformer  # type: ignore[assignment]
+
+
+def _lists(rank: int, broken: bool) -> tuple[list[torch.Tensor], int]:
+    _session()
+    if broken:
+        cfg._gather_batch = cfg._twice
+    transformer = Transformer()
+    call = cfg.batched_call(transformer, {"x": "items", "scale": 0}, 2)
+    samples = [torch.full((3, 2), float(i)) for i in range(4)]
+    (output,) = call(samples, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    # Without guidance in this step there is nothing to halve.
+    call(samples[:2], torch.tensor([1.0, 2.0]))
+    return output, transformer.samples
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_lists_of_both_branches_are_cut_by_items(broken: bool) -> None:
+    expected = [torch.full((3, 2), i * (i + 1.0)) for i in range(4)]
+    for output, samples in run_ranks(_lists, 2, broken):
+        assert samples == 2 + 2
+        assert len(output) == 4
+        same = all(torch.equal(a, b) for a, b in zip(output, expected, strict=True))
+        assert same is not broken
+
+
+def _entries(rank: int, count: int, broken: bool) -> tuple[list[torch.Tensor], int]:
+    _session()
+    if broken:
+        guiders.exchange = lambda first, second: (first, second)
+    transformer = Transformer()
+    entries = [SimpleNamespace(number=float(i + 1)) for i in range(count)]
+    for entry in guiders.entries(entries, "noise_pred"):
+        call = guiders.entry_call(transformer)
+        entry.noise_pred = call(torch.ones(1, 3), torch.tensor([entry.number]))[0]
+    return [entry.noise_pred for entry in entries], transformer.samples
+
+
+@pytest.mark.parametrize(
+    ("count", "calls", "broken"),
+    [(1, 1, False), (2, 1, False), (3, 2, False), (2, 1, True)],
+)
+def test_each_rank_computes_its_entries(count: int, calls: int, broken: bool) -> None:
+    expected = [torch.full((1, 3), i + 1.0) for i in range(count)]
+    for outputs, samples in run_ranks(_entries, 2, count, broken):
+        assert samples == calls
+        same = all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+        assert same is not broken
+
+
+@pytest.mark.parametrize("dim", [None, 1, 2])
+def test_plain_guidance_splits(dim: int | None) -> None:
+    guiders.check_guider(ClassifierFreeGuidance(), 8, dim)
+
+
+@pytest.mark.parametrize(
+    "guider",
+    [AdaptiveProjectedMixGuidance(), ClassifierFreeGuidance(guidance_rescale=0.5)],
+    ids=["momentum and norms", "rescaled"],
+)
+def test_formulas_over_whole_latents_admit_no_patches(guider: Any) -> None:
+    guiders.check_guider(guider, 8, None)
+    with pytest.raises(InputError, match="looks at all rows"):
+        guiders.check_guider(guider, 8, 2)
+
+
+def test_guiders_that_change_layers_are_refused() -> None:
+    with pytest.raises(InputError, match="changes layers"):
+        guiders.check_guider(SkipLayerGuidance(skip_layer_guidance_layers=[0]), 8, None)
