@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,14 +17,29 @@ from porter.verify.hooks import denoisers
 
 @dataclass(frozen=True)
 class TransformerCall:
-    """One call: the component and its arguments by parameter name."""
+    """One call.
+
+    Attributes:
+        component: what is called.
+        arguments: by parameter name.
+        stepped_rows: batch of the latents that the scheduler steps afterwards.
+    """
 
     component: str
     arguments: Mapping[str, Any]
+    stepped_rows: int | None = None
 
 
 class _FirstStepDone(Exception):
-    """Ends the pipeline's run once the first step's calls are known."""
+    """Ends the pipeline's run once the first step's calls are known.
+
+    Args:
+        rows: batch of the latents that are stepped.
+    """
+
+    def __init__(self, rows: int | None) -> None:
+        super().__init__()
+        self.rows = rows
 
 
 def first_step_calls(
@@ -30,6 +47,7 @@ def first_step_calls(
 ) -> tuple[TransformerCall, ...]:
     """The calls of all denoising transformers before the first scheduler step."""
     calls: list[TransformerCall] = []
+    rows: int | None = None
     handles = []
     for name, module in denoisers(pipeline).items():
         handles.append(
@@ -38,18 +56,16 @@ def first_step_calls(
     try:
         with torch.no_grad(), _stop_at_step(pipeline.scheduler):
             pipeline(**kwargs)
-    except _FirstStepDone:
-        pass
+    except _FirstStepDone as done:
+        rows = done.rows
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(calls)
+    return tuple(replace(call, stepped_rows=rows) for call in calls)
 
 
 def _recorder(name: str, calls: list[TransformerCall]) -> Any:
     def record(module: nn.Module, args: Any, kwargs: Any) -> None:
-        import inspect
-
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
         arguments = dict(list(bound.arguments.items())[1:])
         calls.append(TransformerCall(name, copied(arguments)))
@@ -68,13 +84,13 @@ def copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def _stop_at_step(scheduler: Any) -> Iterator[None]:
     """`scheduler.step` ends the run; its signature stays readable for pipelines that look."""
-    import functools
-
     original = scheduler.step
 
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
-        raise _FirstStepDone
+        bound = inspect.signature(original).bind_partial(*args, **kwargs)
+        sample = bound.arguments.get("sample")
+        raise _FirstStepDone(None if sample is None else len(sample))
 
     scheduler.step = step
     try:

@@ -49,9 +49,12 @@ def measure_guidance(pipeline: Any, kwargs_of: KwargsOf) -> tuple[str, Axes]:
             return "sequential", {}
     if BATCHES[0] not in on or any(_counted(on[b]) != _counted(off[b]) for b in on):
         return "none", {}
-    axes = _Doubling(tuple(on)).axes(
-        "", [on[b][-1].arguments for b in on], [off[b][-1].arguments for b in on]
-    )
+    given = [calls[b][-1].arguments for calls in (on, off) for b in on]
+    axes = _Doubling(tuple(on)).axes("", given[: len(on)], given[len(on) :])
+    if not axes and len(on) > 1 and all(on[b][-1].stepped_rows == b for b in on):
+        # Some guide at any scale: the call has twice the rows that the scheduler steps.
+        always = _Doubling(tuple(on), always=True)
+        axes = always.axes("", given[: len(on)], [None] * len(on))
     return ("batched", axes) if axes else ("none", {})
 
 
@@ -84,10 +87,12 @@ class _Doubling:
 
     Args:
         batches: the batch sizes of the calls.
+        always: there are no calls without guidance.
     """
 
-    def __init__(self, batches: Sequence[int]) -> None:
+    def __init__(self, batches: Sequence[int], *, always: bool = False) -> None:
         self._batches = batches
+        self._always = always
 
     def axes(self, path: str, on: _Values, off: _Values) -> Axes:
         """Doubled axes: on[k] and off[k] are an argument's values at batch size k.
@@ -97,7 +102,8 @@ class _Doubling:
         """
         every = [value for value in (*on, *off) if value is not None]
         needed = min(2, len(self._batches))
-        if sum(v is not None for v in on) < needed or all(v is None for v in off):
+        missing = all(v is None for v in off) and not self._always
+        if sum(v is not None for v in on) < needed or missing:
             return {}
         if all(isinstance(value, torch.Tensor) for value in every):
             axis = self._axis([_shape(v) for v in on], [_shape(v) for v in off])
