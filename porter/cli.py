@@ -151,6 +151,10 @@ def verify(
     names: Names = None,
     output: Output = GENERATED,
     modes: Annotated[str | None, typer.Option(help="comma-separated modes")] = None,
+    tier: Annotated[
+        str,
+        typer.Option(help="without --modes: full, core (a mode of each kind), fast"),
+    ] = "full",
     as_json: AsJson = False,
     traceback: Traceback = False,
 ) -> int:
@@ -158,9 +162,17 @@ def verify(
     from porter import verify as verification
 
     chosen = None if modes is None else [mode.strip() for mode in modes.split(",")]
+    if tier not in list(verification.Tier):
+        raise PorterError(
+            f"--tier {tier}", expected=", ".join(verification.Tier), todo="name one"
+        )
     return int(
         verification.run(  # type: ignore[attr-defined,unused-ignore]
-            _split(names), chosen, generated=output, as_json=as_json
+            _split(names),
+            chosen,
+            generated=output,
+            tier=verification.Tier(tier),
+            as_json=as_json,
         )
     )
 

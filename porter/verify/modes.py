@@ -19,8 +19,8 @@ from porter.errors import PorterError
 #: Ways of splitting, in the order in which a name multiplies them.
 KINDS = ("dp", "cfg", "pp", "pipefusion", "ring", "ulysses")
 _FACTOR = re.compile(r"(dp|cfg|pp|ring|ulysses)(\d+)|(pipefusion|pp)(\d+)/(\d+)")
-#: Wall-clock and cores of a small machine: no mode takes more ranks.
-MAX_RANKS = 4
+#: Ranks of the largest layout that one host has; a mode named by hand takes no more.
+MAX_RANKS = 8
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,14 @@ _SINGLES = (
     Mode(pp=2, patches=1),
     Mode(pp=4),
 )
+#: One mode for each way of splitting: what a sweep over many ports runs.
+CORE = (
+    Mode(cfg=2),
+    Mode(ulysses=2),
+    Mode(ring=2),
+    Mode(pp=2),
+    Mode(pp=2, patches=2),
+)
 _PIPEFUSION = (
     Mode(pp=2, patches=2),
     Mode(pp=2, patches=3),
@@ -123,7 +131,7 @@ _PIPEFUSION = (
 
 
 def all_modes() -> tuple[Mode, ...]:
-    """Single ways of splitting, products of two, and PipeFusion, up to `MAX_RANKS` ranks."""
+    """Single ways of splitting, products of two, and PipeFusion, on four ranks at most."""
     degrees = ("dp", "cfg", "pp", "ring", "ulysses")
     products = (Mode(**{a: 2, b: 2}) for a, b in combinations(degrees, 2))
     return (*_SINGLES, *products, *_PIPEFUSION)

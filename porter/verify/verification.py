@@ -46,6 +46,7 @@ def verify_pipeline(
     *,
     generated: Path,
     modes: Sequence[Mode] | None = None,
+    cases: Sequence[Case] | None = None,
     checkpoint: Path | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Verification:
@@ -55,6 +56,8 @@ def verify_pipeline(
         name: class name of the upstream pipeline, or `package.module:Class`.
         generated: folder of the ports.
         modes: what to verify; None takes all modes.
+        cases: the calls to compare, `SABOTAGED` among them; None takes all that the
+            pipeline can run.
         checkpoint: a tiny checkpoint folder; None makes one with random weights.
         say: called with a line about what is being done.
 
@@ -72,7 +75,12 @@ def verify_pipeline(
             make_checkpoint(pipeline_class, checkpoint)
         pipeline = pipeline_class.from_pretrained(checkpoint)
         pipeline.set_progress_bar_config(disable=True)
-        subject = _Subject(pipeline, say, has=_mechanisms(name, generated))
+        subject = _Subject(
+            pipeline,
+            say,
+            wanted=cases_for(pipeline) if cases is None else tuple(cases),
+            has=_mechanisms(name, generated),
+        )
         verdicts = _verdicts(
             subject,
             all_modes() if modes is None else modes,
@@ -98,13 +106,14 @@ class _Subject:
 
     pipeline: Any
     say: Callable[[str], None]
+    wanted: tuple[Case, ...]
     rejected: dict[str, str] = field(default_factory=dict)
     references: dict[Case, Reference] = field(default_factory=dict)
     has: Mechanisms = field(default_factory=Mechanisms)
     displaced: dict[Any, tuple[torch.Tensor, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for case in cases_for(self.pipeline):
+        for case in self.wanted:
             self.say(f"stock: {case.name}")
             self._refer(case)
         if SABOTAGED not in self.references:
