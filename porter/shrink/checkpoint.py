@@ -19,6 +19,7 @@ from . import table
 from .components import Components
 from .errors import ShrinkError
 from .fit import fit_widths
+from .sizes import BLOCKS
 
 Overrides = Mapping[str, Mapping[str, Any]]
 
@@ -29,6 +30,7 @@ def make_checkpoint(
     *,
     seed: int = 0,
     overrides: Overrides | None = None,
+    blocks: int = BLOCKS,
 ) -> Path:
     """Write a tiny checkpoint of ``pipeline_class`` with lively random weights.
 
@@ -37,6 +39,7 @@ def make_checkpoint(
         directory: the folder to write; made when it is missing.
         seed: of the weights; equal seeds give equal bytes.
         overrides: configuration entries per component, over the derived ones.
+        blocks: of the backbone's first loop; more of them allow more stages.
 
     Returns:
         The folder, for ``pipeline_class.from_pretrained(folder)``.
@@ -45,21 +48,25 @@ def make_checkpoint(
         ShrinkError: a component cannot be derived from its hint.
     """
     folder = Path(directory)
-    make_pipeline(pipeline_class, seed=seed, overrides=overrides).save_pretrained(
-        folder
-    )
+    make_pipeline(
+        pipeline_class, seed=seed, overrides=overrides, blocks=blocks
+    ).save_pretrained(folder)
     return folder
 
 
 def make_pipeline(
-    pipeline_class: Any, *, seed: int = 0, overrides: Overrides | None = None
+    pipeline_class: Any,
+    *,
+    seed: int = 0,
+    overrides: Overrides | None = None,
+    blocks: int = BLOCKS,
 ) -> Any:
     """The tiny pipeline itself, in memory; arguments as of :func:`make_checkpoint`."""
     hints = component_hints(pipeline_class)
     merged = _merge(table.for_pipeline(pipeline_class), overrides or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        components = Components(pipeline_class, hints, merged, seed)
+        components = Components(pipeline_class, hints, merged, seed, blocks)
         pipeline = pipeline_class(**components.build())
         fit_widths(pipeline, components)
     return pipeline

@@ -25,6 +25,7 @@ class Components:
         hints: parameter name -> type, unions already reduced.
         changes: configuration entries per component, over the derived ones.
         seed: of the weights.
+        blocks: of a backbone's first loop.
     """
 
     def __init__(
@@ -33,11 +34,13 @@ class Components:
         hints: Mapping[str, Any],
         changes: Mapping[str, Mapping[str, Any]],
         seed: int,
+        blocks: int = sizes.BLOCKS,
     ) -> None:
         self.pipeline_class = pipeline_class
         self.hints = hints
         self.changes = {name: dict(entries) for name, entries in changes.items()}
         self.seed = seed
+        self.blocks = blocks
         self.built: dict[str, Any] = {}
 
     def build(self) -> dict[str, Any]:
@@ -132,7 +135,7 @@ class Components:
         if name == "vae":
             config = sizes.vae_config(cls, self._latent_channels(cls))
         else:
-            config = sizes.backbone_config(cls)
+            config = sizes.backbone_config(cls, self.blocks)
         model = cls(**{**config, **changes})
         enliven(model, self.seed)
         return model.eval()

@@ -61,8 +61,10 @@ def defaults(cls: type) -> dict[str, Any]:
     }
 
 
-def backbone_config(cls: type) -> dict[str, Any]:
+def backbone_config(cls: type, blocks: int = BLOCKS) -> dict[str, Any]:
     """A small configuration of a denoising transformer: only what differs from default.
+
+    ``blocks`` is the length of its first loop.
 
     Widths of the text and of the latents are a first guess here; the checkpoint module
     makes them agree with the other components.
@@ -75,7 +77,7 @@ def backbone_config(cls: type) -> dict[str, Any]:
     loops = 0
     for name, value in given.items():
         if _is_loop(name, value):
-            small = BLOCKS if loops == 0 else min(value, LATER_BLOCKS)
+            small = blocks if loops == 0 else min(value, LATER_BLOCKS)
             loops += 1
         else:
             small = _small(name, value, heads, inner)

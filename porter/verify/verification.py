@@ -18,6 +18,7 @@ from porter import source
 from porter.errors import PorterError
 from porter.lock import read_lock
 from porter.shrink import make_checkpoint
+from porter.shrink.sizes import BLOCKS
 from porter.verify.cases import STEPS, Case, cases_for, fresh, packed
 from porter.verify.floor import (
     Reference,
@@ -72,7 +73,9 @@ def verify_pipeline(
         if checkpoint is None:
             say(f"making a tiny checkpoint of {class_name}")
             checkpoint = Path(folder) / "checkpoint"
-            make_checkpoint(pipeline_class, checkpoint)
+            # A stage needs a block, at least.
+            stages = max((mode.pp for mode in modes or ()), default=1)
+            make_checkpoint(pipeline_class, checkpoint, blocks=max(BLOCKS, stages))
         pipeline = pipeline_class.from_pretrained(checkpoint)
         pipeline.set_progress_bar_config(disable=True)
         subject = _Subject(
