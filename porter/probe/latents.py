@@ -61,7 +61,8 @@ def place_in_runs(
     """Where other tokens than the latents' stand in stream `name`, over several runs.
 
     Some models fill a stream up to a multiple of tokens, so that other tokens are there
-    at some sizes alone: a run whose length is out of proportion is looked at, too.
+    at some sizes alone: a run whose length is out of proportion is looked at, too, and
+    where tokens stand before the latents, whether some stand behind them as well.
 
     Returns:
         "before", "after", "" where there are none, or None where the latents do not stand
@@ -73,7 +74,8 @@ def place_in_runs(
     places = [first]
     for probe, length in zip(probes[1:], lengths[1:], strict=True):
         tokens = (first.stop - first.start) * probe.extent
-        if first.context == "" and length * probes[0].extent != tokens:
+        odd = first.context == "" and length * probes[0].extent != tokens
+        if odd or first.context == "before":
             place = probe.place(blocks, name, dim)
             if place is None:
                 return None
