@@ -164,9 +164,7 @@ class WeftTransformerModel(ModelMixin, ConfigMixin):
         step = 100.0 ** (-torch.arange(half, device=warp.device) / half)
         down = torch.arange(rows, device=warp.device)[:, None].expand(rows, columns)
         right = torch.arange(columns, device=warp.device).expand(rows, columns)
-        freqs = torch.cat(
-            [down.reshape(-1, 1) * step, right.reshape(-1, 1) * step], -1
-        )
+        freqs = torch.cat([down.reshape(-1, 1) * step, right.reshape(-1, 1) * step], -1)
 
         for pair in self.pairs:
             if torch.is_grad_enabled() and self.gradient_checkpointing:
