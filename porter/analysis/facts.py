@@ -101,7 +101,8 @@ class PipelineFacts:
     """A pipeline and its denoising transformers.
 
     Attributes:
-        cfg_style: "batched", "sequential" or "none": how the loop calls the transformer.
+        cfg_style: "batched", "sequential", "carried" (doubled, and so are the latents) or
+            "none": how the loop calls the transformer.
         cfg_axes: for a batched call, the axis that guidance doubles of each argument, or
             ITEMS for a list of one item a picture.
         transformers: facts by component name.

@@ -14,7 +14,10 @@ from typing import Any
 import torch
 
 from porter.analysis.facts import ITEMS
-from porter.probe.capture import TransformerCall, first_step_calls
+from porter.probe.capture import (
+    TransformerCall,
+    first_step_calls,
+)
 from porter.source import is_transformer
 
 BATCHES = (1, 2, 3)
@@ -32,8 +35,9 @@ def measure_guidance(pipeline: Any, kwargs_of: KwargsOf) -> tuple[str, Axes]:
         kwargs_of: makes call arguments from `batch_size` and `guidance`.
 
     Returns:
-        ("batched", axes by argument path), ("sequential", {}), or ("none", {}) where
-        nothing is doubled or stock does not run at all of these batch sizes.
+        ("batched", axes by argument path), ("sequential", {}), ("carried", {}) where the
+        scheduler steps both branches, or ("none", {}) where nothing is doubled or stock
+        does not run with one prompt.
     """
     on: dict[int, tuple[TransformerCall, ...]] = {}
     off: dict[int, tuple[TransformerCall, ...]] = {}
@@ -55,6 +59,8 @@ def measure_guidance(pipeline: Any, kwargs_of: KwargsOf) -> tuple[str, Axes]:
         # Some guide at any scale: the call has twice the rows that the scheduler steps.
         always = _Doubling(tuple(on), always=True)
         axes = always.axes("", given[: len(on)], [None] * len(on))
+    if axes and any(on[b][-1].stepped_rows == 2 * b for b in on):
+        return "carried", {}
     return ("batched", axes) if axes else ("none", {})
 
 

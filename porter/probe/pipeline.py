@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from porter.analysis.facts import PipelineFacts
@@ -72,8 +74,28 @@ def _measured_runs(
         num_inference_steps=2,
     )
     style, axes = measure_guidance(pipeline, kwargs_of)
-    runs = [_first_calls(pipeline, sizes[size], text) for size, text in VARIANTS]
+    runs = []
+    for size, text in VARIANTS:
+        with _own_size(pipeline, size):
+            runs.append(_first_calls(pipeline, sizes[size], text))
     return style, axes, runs
+
+
+@contextmanager
+def _own_size(pipeline: Any, number: int) -> Iterator[None]:
+    """Where a call takes no size, the model's own is another one for each number."""
+    model = getattr(pipeline, "transformer", None)
+    own = model.config.get("sample_size") if model is not None else None
+    names = inspect.signature(type(pipeline).__call__).parameters
+    if "height" in names or not isinstance(own, int):
+        yield
+        return
+    step = model.config.get("patch_size") or 1
+    model.register_to_config(sample_size=own + 2 * step * number)
+    try:
+        yield
+    finally:
+        model.register_to_config(sample_size=own)
 
 
 def _batched_runs(pipeline: Any) -> list[dict[str, TransformerCall]]:

@@ -33,6 +33,7 @@ class PipelineContext:
             where = self.source.module.where(self.source.denoising.loop)
             seen = {
                 "none": "no guidance was measured",
+                "carried": "the latents carry both branches through the scheduler",
                 "batched": "a doubled batch was measured, not what the source shows",
                 "sequential": "two calls were measured, not what the source shows",
             }

@@ -46,12 +46,13 @@ _GUIDANCE_NAMES = ("true_cfg_scale", "guidance_scale")
 
 
 def image_sizes(pipeline: Any) -> tuple[tuple[int, int], ...]:
-    """Three small legal (height, width) in pixels; token rows as in TOKEN_ROWS."""
+    """Three small legal (height, width) in pixels, of different numbers of tokens; token rows
+    as in TOKEN_ROWS."""
     fixed = getattr(pipeline, "resolutions", None)
     if fixed:
         # Pipelines that know a list of (width, height) take no other.
-        smallest = sorted(fixed, key=lambda size: size[0] * size[1])[:3]
-        return tuple((height, width) for width, height in smallest)
+        by_area = {width * height: (height, width) for width, height in fixed}
+        return tuple(size for _, size in sorted(by_area.items())[:3])
     cell = _cell(pipeline)
     return tuple((rows * cell, columns * cell) for rows, columns in TOKEN_ROWS)
 
@@ -98,7 +99,7 @@ def call_kwargs(
         "width": size[1],
         "num_inference_steps": num_inference_steps,
         "generator": torch.Generator("cpu").manual_seed(seed),
-        "output_type": output_type,
+        "output_type": _known_output(pipeline, output_type),
         "max_sequence_length": SEQUENCE_LENGTHS[text],
         # Without these the picture is scaled to what the full model was trained on.
         "max_area": size[0] * size[1],
@@ -149,6 +150,12 @@ def _pictures(
         name: several[0] if takes_one(pipeline_class, name) else several
         for name, several in made.items()
     }
+
+
+def _known_output(pipeline: Any, output_type: str) -> str:
+    """Decoded tensors where a pipeline cannot return its latents."""
+    text = inspect.getsource(inspect.unwrap(type(pipeline).__call__))
+    return "pt" if output_type == "latent" and '"latent"' not in text else output_type
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:

@@ -31,7 +31,8 @@ How.  A block computes each token from its own row and from its attention, so th
 compute *all* rows in each pass as long as attention keeps the displaced keys: the rows of
 other patches are thrown away.  That needs no knowledge of the model beyond which key rows
 follow which latent rows, and `geometry` measures those.  The loop's body runs in its own
-frame, once a pass: `enumerate`, as the pipeline's module sees it, hands out the passes.
+frame, once a pass: `enumerate`, as the pipeline's module sees it, hands out the passes, or
+the progress bar where the loop goes through it.
 """
 
 from __future__ import annotations
@@ -129,12 +130,14 @@ class _Simulation:
             stack.enter_context(
                 replaced_global(code.__globals__, "enumerate", self._enumerate)
             )
+            stack.callback(vars(pipeline).pop, "progress_bar", None)
+            vars(pipeline)["progress_bar"] = self._progress_bar
             stack.enter_context(replaced_step(self._main, self._scheduler_step))
             stack.enter_context(self._keys.watching())
             outputs = output_tensors(pipeline(**self._call))
         if not self._keys.is_probed:
             raise OracleRefusal(
-                f"{type(pipeline).__name__} never looped over enumerate(timesteps), "
+                f"{type(pipeline).__name__} never looped over its timesteps, "
                 "expected that loop around its denoiser"
             )
         return outputs
@@ -145,6 +148,12 @@ class _Simulation:
         if not self._is_timesteps(values):
             return enumerate(values, start)
         return self._passes(values, start)
+
+    def _progress_bar(self, iterable: Any = None, total: int | None = None) -> Any:
+        """As upstream's; some pipelines loop over their timesteps through it."""
+        if iterable is not None and self._is_timesteps(iterable):
+            return (t for _, t in self._passes(iterable, 0))
+        return type(self._pipeline).progress_bar(self._pipeline, iterable, total)
 
     def _is_timesteps(self, values: Iterable[Any]) -> bool:
         timesteps: Any = getattr(self._pipeline.scheduler, "timesteps", None)

@@ -68,6 +68,8 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         row_layers: convolutions over the rows of the image inside the blocks, by path: the
             stream that holds the image.
         gathered_modules: modules inside the blocks that mix tokens, by path.
+        block_parts: by a block's path, what code outside of the loops reads of it; every
+            stage keeps it.
     """
 
     submodule_classes_to_wrap: ClassVar[list[type[nn.Module]]] = []
@@ -79,6 +81,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
     outer_masks: ClassVar[Mapping[str, str]] = {}
     row_layers: ClassVar[Mapping[str, str]] = {}
     gathered_modules: ClassVar[Mapping[str, GatheredModule]] = {}
+    block_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     _state_name: ClassVar[str] = "_xfuser_wrapping"
 
@@ -144,7 +147,8 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             blocks = getattr(self, name)
             for index in range(length):
                 if plan.stage_of(name, index) != stage:
-                    blocks[index] = EmptyBlock(blocks[index])
+                    parts = self.block_parts.get(f"{name}.{index}", ())
+                    blocks[index] = EmptyBlock(blocks[index], parts)
 
     def _forward_in_pass(
         self,

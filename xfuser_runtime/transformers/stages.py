@@ -22,10 +22,16 @@ class EmptyBlock(nn.Module):
 
     Loop bodies read flags of a block (for example whether it is the last joint block)
     even where they do not run it.
+
+    Args:
+        block: the block.
+        parts: dotted paths of what code outside of the loops reads of it; it is kept.
     """
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, parts: Sequence[str] = ()) -> None:
         super().__init__()
+        for path in parts:
+            _keep(self, block, path.split("."))
         for name, value in vars(block).items():
             if not name.startswith("_") and name not in ("training", "forward"):
                 setattr(self, name, value)
@@ -36,6 +42,19 @@ class EmptyBlock(nn.Module):
             "a block of another stage was called, expected only this stage's blocks; "
             "the port is broken: run porter verify"
         )
+
+
+def _keep(target: nn.Module, source: nn.Module, names: Sequence[str]) -> None:
+    """Give `target` what `source` has at a path, through empty modules."""
+    name, *rest = names
+    value = getattr(source, name)
+    if rest and isinstance(value, nn.Module):
+        holder = getattr(target, name, None)
+        holder = nn.Module() if holder is None else holder
+        setattr(target, name, holder)
+        _keep(holder, value, rest)
+    else:
+        setattr(target, name, value)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ Match:    the `forward` of the class.
 Landmark: the class attributes stand above it.
 Emit:     `submodule_classes_to_wrap`, `submodule_name_to_wrap`, the streams that the keys
           of each wrapped attention hold, those of its queries where they differ, the
-          streams that stay whole on every rank, masks that need completing, layers over rows.
+          streams that stay whole on every rank, masks that need completing, layers over rows,
+          and what code outside of the loops reads of single blocks.
 Manual:   2.1
 
 The manual hands these to `__init__`; ours are class attributes, since the wrapper defines
@@ -48,6 +49,8 @@ class InitSubmodules(Rule[Forward]):
             text += f"outer_masks = {dict(measured.mixing.outer_masks)!r}\n"
         if measured.mixing.row_layers:
             text += f"row_layers = {dict(measured.mixing.row_layers)!r}\n"
+        if facts.block_parts:
+            text += f"block_parts = {facts.block_parts!r}\n"
         start, _ = excerpt(module, facts.method)
         text = format_statements(text, INDENT) + "\n\n"
         return [self._edit(module, start, start, text, facts.method)]
