@@ -19,7 +19,7 @@ from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.collectives import all_gather
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
 from xfuser_runtime.pipelines.components import wrapped_transformer
-from xfuser_runtime.transformers.outputs import map_tensors
+from xfuser_runtime.transformers.outputs import map_tensors, tensors_in
 
 
 def split_batch(*negative_and_positive: Any) -> Any:
@@ -121,7 +121,7 @@ def skipped_call(transformer: Any) -> Callable[..., Any]:
     return skipped
 
 
-def exchange_branches(first: torch.Tensor, second: torch.Tensor) -> Any:
+def exchange_branches(first: Any, second: Any) -> Any:
     """The outputs of both branches on both ranks.
 
     Raises:
@@ -133,20 +133,32 @@ def exchange_branches(first: torch.Tensor, second: torch.Tensor) -> Any:
     return exchange(first, second)
 
 
-def exchange(first: torch.Tensor, second: torch.Tensor) -> Any:
-    """Both tensors on both CFG ranks, where each has made one of them.
+def exchange(first: Any, second: Any) -> tuple[Any, Any]:
+    """Both outputs on both CFG ranks, where each has made one of them.
+
+    Args:
+        first, second: a tensor each, or nested alike.
 
     Raises:
         ValueError: when they have different shapes.
     """
-    if first.shape != second.shape:
-        raise ValueError(
-            f"outputs of shapes {tuple(first.shape)} and {tuple(second.shape)} of the two "
-            "guidance branches, expected one shape; run without use_cfg_parallel"
-        )
-    own = (first, second)[parallel_state.get_classifier_free_guidance_rank()]
-    both = all_gather(own.unsqueeze(0), 0, (1, 1), parallel_state.get_cfg_group())
-    return both[0], both[1]
+    pairs = list(zip(tensors_in(first), tensors_in(second), strict=True))
+    for one, other in pairs:
+        if one.shape != other.shape:
+            raise ValueError(
+                f"outputs of shapes {tuple(one.shape)} and {tuple(other.shape)} of the "
+                "two guidance branches, expected one shape; run without use_cfg_parallel"
+            )
+    rank, group = (
+        parallel_state.get_classifier_free_guidance_rank(),
+        parallel_state.get_cfg_group(),
+    )
+    both = [all_gather(p[rank].unsqueeze(0), 0, (1, 1), group) for p in pairs]
+    made, others = iter(both), iter(both)
+    return (
+        map_tensors(lambda _: next(made)[0], first),
+        map_tensors(lambda _: next(others)[1], second),
+    )
 
 
 class _Halves:
