@@ -70,6 +70,18 @@ def test_lists_of_both_branches_are_cut_by_items(broken: bool) -> None:
         assert same is not broken
 
 
+def _pairs(rank: int) -> Any:
+    _session()
+    mine = (torch.full((2, 3), rank + 1.0), torch.full((1, 4), rank + 5.0))
+    placeholder = tuple(torch.zeros_like(value) for value in mine)
+    return cfg.exchange(*((mine, placeholder), (placeholder, mine))[rank])
+
+
+def test_outputs_of_several_tensors_are_exchanged() -> None:
+    for first, second in run_ranks(_pairs, 2):
+        assert [float(value.mean()) for value in (*first, *second)] == [1, 5, 2, 6]
+
+
 def _entries(rank: int, count: int, broken: bool) -> tuple[list[torch.Tensor], int]:
     _session()
     if broken:
