@@ -12,6 +12,7 @@ from diffusers.guiders import (
     ClassifierFreeGuidance,
     SkipLayerGuidance,
 )
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 from tests.ranks import run_ranks
 from xfuser_runtime.config import EngineConfig, ParallelConfig
@@ -28,10 +29,11 @@ class Transformer:
     def __init__(self) -> None:
         self.samples = 0
 
-    def forward(self, x: Any, scale: torch.Tensor) -> Any:
+    def forward(self, x: Any, scale: torch.Tensor, as_object: bool = False) -> Any:
         self.samples += len(x)
         if isinstance(x, list):
-            return ([sample * s for sample, s in zip(x, scale, strict=True)],)
+            made = [sample * s for sample, s in zip(x, scale, strict=True)]
+            return Transformer2DModelOutput(sample=made) if as_object else (made,)
         return (x * scale[:, None],)
 
     __call__ = forward
@@ -47,23 +49,24 @@ def _session() -> None:
     cfg.wrapped_transformer = lambda transformer: transformer  # type: ignore[assignment]
 
 
-def _lists(rank: int, broken: bool) -> tuple[list[torch.Tensor], int]:
+def _lists(rank: int, as_object: bool, broken: bool) -> tuple[list[torch.Tensor], int]:
     _session()
     if broken:
         cfg._gather_batch = cfg._twice
     transformer = Transformer()
     call = cfg.batched_call(transformer, {"x": "items", "scale": 0}, 2)
     samples = [torch.full((3, 2), float(i)) for i in range(4)]
-    (output,) = call(samples, torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    output = call(samples, torch.tensor([1.0, 2.0, 3.0, 4.0]), as_object)[0]
     # Without guidance in this step there is nothing to halve.
     call(samples[:2], torch.tensor([1.0, 2.0]))
     return output, transformer.samples
 
 
+@pytest.mark.parametrize("as_object", [False, True])
 @pytest.mark.parametrize("broken", [False, True])
-def test_lists_of_both_branches_are_cut_by_items(broken: bool) -> None:
+def test_lists_of_both_branches_are_cut_by_items(broken: bool, as_object: bool) -> None:
     expected = [torch.full((3, 2), i * (i + 1.0)) for i in range(4)]
-    for output, samples in run_ranks(_lists, 2, broken):
+    for output, samples in run_ranks(_lists, 2, as_object, broken):
         assert samples == 2 + 2
         assert len(output) == 4
         same = all(torch.equal(a, b) for a, b in zip(output, expected, strict=True))

@@ -241,6 +241,9 @@ def _joined(join: Callable[[Any], Any], output: Any, list_length: int | None) ->
         is_list = isinstance(value, list) and len(value) == list_length
         if is_list and all(isinstance(item, torch.Tensor) for item in value):
             return join_list(value)
+        if isinstance(value, dict):
+            mapped = {key: inside(item) for key, item in value.items()}
+            return mapped if type(value) is dict else type(value)(**mapped)
         if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
             return type(value)(inside(item) for item in value)
         return map_tensors(join, value)
