@@ -76,6 +76,8 @@ def unfit_for_patches(module: ParsedModule, loop: DenoisingLoop) -> str:
         if not _keeps_its_value(module, loop, name):
             line = next(s for s in loop.body if name in reads(module, s))
             return f"{module.where(line)}: {name} is carried from step to step"
+    if kept := _kept_object(module, loop):
+        return kept
     early = read_first(module, loop.body)
     written = {name for part in loop.body for name in writes(module, part)}
     for part in loop.body:
@@ -92,6 +94,35 @@ def unfit_for_patches(module: ParsedModule, loop: DenoisingLoop) -> str:
     for part in loop.tail:
         if part is not loop.callback_block and loop.latents in writes(module, part):
             return f"{module.where(part)}: latents change after the step's callback"
+    return ""
+
+
+def _kept_object(module: ParsedModule, loop: DenoisingLoop) -> str:
+    """Where a formula gets an object from before the loop that may remember steps, or ''.
+
+    Such as a buffer of momentum: `buffer = MomentumBuffer(...)` above the loop, and
+    `guide(prediction, buffer)` in it.  What the transformer gets is its own matter.
+    """
+    function = next(
+        node
+        for node in module.ancestors(loop.loop)
+        if isinstance(node, cst.FunctionDef)
+    )
+    inside = set(find(loop.loop, cst.Assign))
+    kept = {
+        dotted(assign.targets[0].target)
+        for assign in find(function.body, cst.Assign)
+        if assign not in inside
+        for call in find(assign.value, cst.Call)
+        if isinstance(call.func, cst.Name) and call.func.value[:1].isupper()
+    } - {""}
+    of_transformers = {call.call for call in loop.calls}
+    for part in loop.body:
+        for call in find(part, cst.Call):
+            names = {dotted(argument.value) for argument in call.args}
+            if call not in of_transformers and names & kept:
+                name = sorted(names & kept)[0]
+                return f"{module.where(call)}: {name} may remember earlier steps"
     return ""
 
 

@@ -1,0 +1,28 @@
+# facts: {"cfg_style": "batched", "cfg_axes": {}}
+class ToyPipeline(DiffusionPipeline):
+    def __init__(self, transformer, scheduler, vae):
+        super().__init__()
+
+    @torch.no_grad()
+    def __call__(self, prompt=None, num_inference_steps=8, output_type="pil"):
+        batch_size = len(prompt)
+        timesteps = self.scheduler.timesteps
+        latents = self.prepare_latents(batch_size)
+        buffer = MomentumBuffer(momentum=0.5)
+
+        # the loop
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
+            for i, t in enumerate(timesteps):
+                noise_pred = self.transformer(latents)[0]
+                noise_pred = guide(noise_pred, buffer) / noise_pred.std()
+                latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
+
+                progress_bar.update()
+
+        if output_type == "latent":
+            return latents
+
+        # back to pixels
+        image = self.vae.decode(latents)
+        self.maybe_free_model_hooks()
+        return image
