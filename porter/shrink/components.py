@@ -112,7 +112,7 @@ class Components:
         """Whether a parameter is a component to make, and not a number or a flag."""
         optional = self.pipeline_class._optional_components
         needed = name in _NEEDED or name in self.changes or _is_text(name)
-        needed = needed or self._stand_in(name)
+        needed = needed or self._stand_in(name) is not None
         if name in optional and not needed:
             return False
         hint = self.hints[name]

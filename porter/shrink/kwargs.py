@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from . import table
-from .media import frame_count, takes_one, videos
+from . import table, table_moving
+from .media import (
+    FRAME_NAMES,
+    FRAME_TOKEN_ROWS,
+    frame_count,
+    is_of_frames,
+    seconds,
+    sound,
+    takes_one,
+    videos,
+)
 
 TOKEN_ROWS = ((8, 8), (6, 14), (7, 9))
 """Token rows and columns of the picture sizes: even, wide, odd."""
@@ -41,7 +51,7 @@ SEQUENCE_LENGTHS = (48, 72)
 
 _SPATIAL_NAMES = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio")
 _PROMPT_NAMES = ("prompt", "negative_prompt")
-_FRAME_NAMES = ("num_frames", "frames", "video_length")
+_SOUND_NAMES = ("audio_end_in_s", "audio_duration", "audio_duration_s", "duration")
 _GUIDANCE_NAMES = ("true_cfg_scale", "guidance_scale")
 
 
@@ -53,8 +63,11 @@ def image_sizes(pipeline: Any) -> tuple[tuple[int, int], ...]:
         # Pipelines that know a list of (width, height) take no other.
         by_area = {width * height: (height, width) for width, height in fixed}
         return tuple(size for _, size in sorted(by_area.items())[:3])
-    cell = _cell(pipeline)
-    return tuple((rows * cell, columns * cell) for rows, columns in TOKEN_ROWS)
+    names = inspect.signature(type(pipeline).__call__).parameters
+    # Sound has a length alone, which is made from the same numbers.
+    cell = 1 if set(_SOUND_NAMES) & set(names) else _cell(pipeline)
+    tokens = FRAME_TOKEN_ROWS if is_of_frames(names) else TOKEN_ROWS
+    return tuple((rows * cell, columns * cell) for rows, columns in tokens)
 
 
 def call_kwargs(
@@ -87,11 +100,12 @@ def call_kwargs(
     sizes = image_sizes(pipeline)
     first = sizes[0]
     size = (height or first[0], width or first[1])
-    own = table.CALLS_OF.get(type(pipeline).__name__, {})
+    own = table_moving.CALLS_OF.get(type(pipeline).__name__, {})
     number = sizes.index(size) if size in sizes else 0
     frames = own.get("num_frames") or frame_count(pipeline, number)
+    duration = seconds(pipeline, math.prod(TOKEN_ROWS[number]))
     texts = PROMPTS[text]
-    one = type(pipeline).__name__ in table.ONE_PROMPT
+    one = type(pipeline).__name__ in table_moving.ONE_PROMPT
     batch_size = 1 if one else batch_size
     wanted: dict[str, Any] = {
         "prompt": [texts[i % len(texts)] for i in range(batch_size)],
@@ -104,14 +118,20 @@ def call_kwargs(
         # Without these the picture is scaled to what the full model was trained on.
         "max_area": size[0] * size[1],
         "_auto_resize": False,
-        **dict.fromkeys(_FRAME_NAMES, frames),
+        **dict.fromkeys(FRAME_NAMES, frames),
+        **dict.fromkeys(_SOUND_NAMES, duration),
+        "mask_start_seconds": duration / 4,
+        "mask_end_seconds": duration / 2,
+        "lyrics": [texts[i % len(texts)] for i in range(batch_size)],
         "class_labels": [7 * text + row for row in range(batch_size)],
         **table.CALLS,
         **own,
         **_guidance(pipeline, names, batch_size, guidance),
     }
-    given = table.GIVEN.get(type(pipeline).__name__, frozenset())
+    given = table_moving.GIVEN.get(type(pipeline).__name__, frozenset())
     wanted.update(_pictures(type(pipeline), names, given, *size, batch_size))
+    if "audio" in given:
+        wanted["audio"] = sound(pipeline, duration, batch_size)
     wanted.update(videos(type(pipeline), given, (frames, *size), batch_size))
     if "prior_token_ids" in names:
         wanted["prior_token_ids"] = _prior_tokens(pipeline, wanted, batch_size, text)
@@ -229,4 +249,5 @@ def _compression(pipeline: Any) -> int:
     for name in ("block_out_channels", "encoder_block_out_channels", "dim_mult"):
         if config.get(name):
             return int(2 ** (len(config[name]) - 1))
-    return int(pipeline.vae_scale_factor)
+    # Pipelines of sound have none.
+    return int(getattr(pipeline, "vae_scale_factor", 1))

@@ -10,17 +10,21 @@ import ast
 import inspect
 import re
 import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from . import table
-
 LATENT_FRAMES = (5, 7, 5)
 """Latent frames of a video at each picture size: more than a 4-fold cut into patches
 needs, odd, and not the same everywhere, so that their number is seen to vary."""
+
+FRAME_TOKEN_ROWS = ((4, 6), (6, 5), (5, 8))
+"""Token rows and columns of a frame at each picture size; a video has several frames."""
+
+FRAME_NAMES = ("num_frames", "frames", "video_length")
 
 SHIFT = 7
 """Pixels by which the stripes of a video move from frame to frame."""
@@ -28,10 +32,44 @@ SHIFT = 7
 _VIDEO = re.compile(r"(^|_)videos?$")
 
 
+def is_of_frames(names: Iterable[str]) -> bool:
+    """Whether a call with these parameters makes or takes a video."""
+    return any(name in FRAME_NAMES or _VIDEO.search(name) for name in names)
+
+
 def frame_count(pipeline: Any, size: int) -> int:
     """Frames of a video at the picture size of that index."""
     latents = LATENT_FRAMES[size] * _temporal_patch(pipeline)
     return (latents - 1) * _temporal_compression(pipeline) + 1
+
+
+def seconds(pipeline: Any, latents: int) -> float:
+    """Length of sound that has about so many latent frames."""
+    if hasattr(pipeline, "latents_per_second"):
+        return latents / float(pipeline.latents_per_second)
+    vae = getattr(pipeline, "vae", None)
+    if vae is None:
+        return float(latents)
+    places = (vae, vae.config, pipeline)
+    rates = [_first(place, "sampling_rate", "sample_rate") for place in places]
+    ratios = [_first(place, "downsampling_ratio", "hop_length") for place in places]
+    rate, ratio = next(filter(None, rates), 1), next(filter(None, ratios), 1)
+    # A little more, for bodies that round down.
+    return (latents + 0.01) * float(ratio) / float(rate)
+
+
+def sound(pipeline: Any, length: float, batch_size: int) -> torch.Tensor:
+    """Noise of so many seconds, (B, channels, samples)."""
+    config = pipeline.vae.config
+    rate = _first(config, "sampling_rate", "sample_rate") or 1
+    shape = (batch_size, _first(config, "audio_channels") or 1, int(length * rate))
+    return 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(batch_size))
+
+
+def _first(place: Any, *names: str) -> int | None:
+    return next(
+        (v for n in names if isinstance(v := getattr(place, n, None), int)), None
+    )
 
 
 def videos(
@@ -53,7 +91,7 @@ def videos(
     """
     found: dict[str, Any] = {}
     source = inspect.getsource(pipeline_class)
-    call = inspect.signature(pipeline_class.__call__)  # type: ignore[attr-defined]
+    call = inspect.signature(pipeline_class.__call__)
     for name, parameter in call.parameters.items():
         required = parameter.default is parameter.empty
         if not _VIDEO.search(name) or not (required or name in given):
@@ -71,8 +109,6 @@ def videos(
 
 def takes_one(pipeline_class: type, name: str) -> bool:
     """Whether the class's own checks of an argument leave out lists of pictures."""
-    if pipeline_class.__name__ in table.ONE_PICTURE:
-        return True
     check = getattr(pipeline_class, "check_inputs", None)
     if check is None:
         return False
