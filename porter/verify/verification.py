@@ -38,6 +38,9 @@ from porter.verify.verdict import Measurement, ModeVerdict, Sabotage, Verificati
 
 #: The case that faults are injected into: every mode can split it.
 SABOTAGED = Case(2, 1, 1, True)
+#: The same where stock fails with two prompts.
+SABOTAGED_ALONE = Case(1, 1, 1, True)
+_STOCK_RAISES = "stock raises"
 #: Seconds for one group of ranks; a hanging port must not hold up the rest.
 TIMEOUT = 120.0
 
@@ -114,31 +117,38 @@ class _Subject:
     references: dict[Case, Reference] = field(default_factory=dict)
     has: Mechanisms = field(default_factory=Mechanisms)
     displaced: dict[Any, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    sabotaged: Case = SABOTAGED
 
     def __post_init__(self) -> None:
         for case in self.wanted:
-            self.say(f"stock: {case.name}")
             self._refer(case)
-        if SABOTAGED not in self.references:
+        if self.rejected.get(SABOTAGED.name, "").startswith(_STOCK_RAISES):
+            self.sabotaged = SABOTAGED_ALONE
+            self._refer(SABOTAGED_ALONE)
+        name = self.sabotaged.name
+        if self.sabotaged not in self.references:
             raise PorterError(
-                f"case {SABOTAGED.name}: {self.rejected.get(SABOTAGED.name, 'missing')}",
+                f"case {name}: {self.rejected.get(name, 'missing')}",
                 expected="a case that every mode can be proven on",
                 todo="make the tiny checkpoint's weights livelier",
             )
 
     def _refer(self, case: Case) -> None:
         """Run stock on `case`; leave the case out where it can prove nothing."""
+        self.say(f"stock: {case.name}")
         call = fresh(self.pipeline, case)
         try:
             found = reference(self.pipeline, call)
         except Exception as error:
-            if case.callback is None:
+            if case.callback is None and case.batch == 1:
                 raise PorterError(
                     f"{type(self.pipeline).__name__} fails on {case.name}: {error}",
                     expected="a stock run",
                 ) from error
-            # Upstream's own limit, a callback that its loop does not stand.
-            self.rejected[case.name] = f"stock raises {type(error).__name__}: {error}"
+            # Upstream's own limit: two prompts, or a callback that its loop does not stand.
+            self.rejected[case.name] = (
+                f"{_STOCK_RAISES} {type(error).__name__}: {error}"
+            )
             return
         faults = (lost_keys, doubled_key) if found.attends_to_itself else (doubled_key,)
         for fault in faults:
@@ -146,7 +156,7 @@ class _Subject:
             if not sabotage_shows(moved, found.floor):
                 self.rejected[case.name] = f"{fault.__name__} moves it by {moved:.1e}"
                 return
-        if case == SABOTAGED:
+        if case == self.sabotaged:
             moved = self._stock_sabotage(call, lost_mask, found)
             self.has = replace(self.has, masks=sabotage_shows(moved, found.floor))
         self.references[case] = found
@@ -157,6 +167,13 @@ class _Subject:
     def cases(self, mode: Mode) -> tuple[Case, ...]:
         """The cases that `mode` has something to split on."""
         return tuple(case for case in self.references if case.suits(mode))
+
+    def sabotaged_in(self, mode: Mode) -> Case:
+        """The case that faults are injected into."""
+        if self.sabotaged.suits(mode):
+            return self.sabotaged
+        plain = (case for case in self.cases(mode) if case.callback is None)
+        return next(plain, self.sabotaged)
 
     def displaced_outputs(
         self, plan: DisplacedPatches, case: Case
@@ -238,7 +255,7 @@ def _runs(subject: _Subject, modes: Sequence[Mode]) -> Iterator[RunRequest]:
                 _run_name(mode, fault),
                 mode.world_size,
                 arguments,
-                (_call_name(SABOTAGED),),
+                (_call_name(subject.sabotaged_in(mode)),),
                 fault,
                 TIMEOUT,
             )
@@ -287,20 +304,25 @@ def _verdict(
         for case in subject.cases(mode)
     )
     sabotages = tuple(
-        _sabotage(subject, fault, results[_run_name(mode, fault)], answers)
+        _sabotage(subject, mode, fault, results[_run_name(mode, fault)], answers)
         for fault in faults_for(mode, subject.has)
     )
     return ModeVerdict(mode, answers.reference, measurements, sabotages)
 
 
 def _sabotage(
-    subject: _Subject, fault: str, result: RunResult, answers: _Answers
+    subject: _Subject,
+    mode: Mode,
+    fault: str,
+    result: RunResult,
+    answers: _Answers,
 ) -> Sabotage:
-    floor = subject.references[SABOTAGED].floor
+    case = subject.sabotaged_in(mode)
+    floor = subject.references[case].floor
     if result.error is not None:
         return Sabotage(fault, math.nan, floor, f"the ranks stopped: {result.error}")
-    outputs = result.outputs[_call_name(SABOTAGED)]
-    error = relative_error(outputs, answers.outputs[SABOTAGED])
+    outputs = result.outputs[_call_name(case)]
+    error = relative_error(outputs, answers.outputs[case])
     note = "" if result.reached else "the broken function was never called"
     return Sabotage(fault, error, floor, note)
 

@@ -16,6 +16,7 @@ from porter.errors import PorterError
 from porter.generate import plan
 from porter.lock import read_lock
 from porter.source import sha256
+from porter.verify.cases import cases_for
 from porter.verify.verification import _Subject
 
 NAME = "PixArtAlphaPipeline"
@@ -124,7 +125,7 @@ def test_a_model_too_dull_to_prove_anything_is_rejected(pixart: Any) -> None:
             for weight in weights:
                 weight.zero_()
         with pytest.raises(PorterError, match="lost_keys moves it by"):
-            _Subject(pixart, lambda _: None)
+            _Subject(pixart, lambda _: None, cases_for(pixart))
     finally:
         with torch.no_grad():
             for weight, value in zip(weights, before, strict=True):
