@@ -62,7 +62,9 @@ class ProcessorSums:
             first, last = parsed.span(node)
             edits.append((first, f"{_REPORT}({parsed.source(node)!r}, "))
             edits.append((last, ")"))
-        # From the end to the start, so that earlier offsets stay right.
+        # From the end to the start, so that earlier offsets stay right; where an expression
+        # begins with another one, the outer call must come to stand before the inner.
+        edits.reverse()
         for at, inserted in sorted(edits, key=lambda edit: -edit[0]):
             text = text[: at - start] + inserted + text[at - start :]
         namespace = dict(vars(importlib.import_module(parsed.name)))

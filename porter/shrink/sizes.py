@@ -104,7 +104,12 @@ def vae_config(cls: type, latent_channels: int | None) -> dict[str, Any]:
             config[name] = VAE_CHANNELS // 2
         elif name.endswith("block_out_channels") and value:
             # One level by default, in released checkpoints four.
-            config[name] = (VAE_CHANNELS,) * (len(value) if len(value) > 1 else 4)
+            width = VAE_CHANNELS
+            if name != "block_out_channels":
+                # Halves with widths of their own have shortcuts over groups of channels,
+                # one or more for each channel of the latents.
+                width = max(width, given.get("latent_channels") or 0)
+            config[name] = (width,) * (len(value) if len(value) > 1 else 4)
         elif name.endswith("layers_per_block") and isinstance(value, Sequence):
             config[name] = (1,) * len(value)
         elif name.endswith("layers_per_block") or name == "num_res_blocks":

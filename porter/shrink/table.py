@@ -50,19 +50,25 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
         "guider": {"class": "diffusers:AdaptiveProjectedMixGuidance"},
     },
     # A solver for noise prediction by default, on a model that predicts the flow.
-    "SanaPipeline": {
-        "scheduler": {
-            "prediction_type": "flow_prediction",
-            "use_flow_sigmas": True,
-        }
-    },
+    **dict.fromkeys(
+        ("SanaPipeline", "SanaControlNetPipeline"),
+        {
+            "scheduler": {
+                "prediction_type": "flow_prediction",
+                "use_flow_sigmas": True,
+            }
+        },
+    ),
     # Declares a solver whose `step` the body does not call in the right way; the class
     # in released checkpoints is this one.
-    "SanaSprintPipeline": {
-        "scheduler": {"class": "diffusers:SCMScheduler"},
-        # The body always passes a guidance scale.
-        "transformer": {"guidance_embeds": True},
-    },
+    **dict.fromkeys(
+        ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"),
+        {
+            "scheduler": {"class": "diffusers:SCMScheduler"},
+            # The body always passes a guidance scale.
+            "transformer": {"guidance_embeds": True},
+        },
+    ),
     # None by default: widths of the two long texts, and which decoder layer feeds which
     # block (one of the decoder's two, in turn).
     "HiDreamImagePipeline": {
