@@ -96,29 +96,30 @@ def doubled_calls(
     """
     if len(loop.calls) == 1 or _exclusive(module, loop.calls):
         return loop.calls
-    return tuple(call for call in loop.calls if _is_halved(module, loop, call))
+    halved = _halved(module, loop)
+    return tuple(call for call in loop.calls if call.statement in halved)
 
 
-def _is_halved(
-    module: ParsedModule, loop: DenoisingLoop, call: TransformerCall
-) -> bool:
-    """Whether the batch of a call's output is cut in two below the call."""
-    derived = set(writes(module, call.statement))
-    for part in _after(module, loop, call.statement):
-        for line in find(part, cst.SimpleStatementLine):
-            if not reads(module, line) & derived:
+def _halved(module: ParsedModule, loop: DenoisingLoop) -> set[cst.CSTNode]:
+    """Statements of calls whose output is cut in two, with nothing of another call in it."""
+    calls = {call.statement for call in loop.calls}
+    found: set[cst.CSTNode] = set()
+    origins: dict[str, set[cst.CSTNode]] = {}
+    for line in find(loop.loop.body, cst.SimpleStatementLine):
+        for node in find(line, cst.Call):
+            if not isinstance(node.func, cst.Attribute):
                 continue
-            derived |= writes(module, line)
-            for node in find(line, cst.Call):
-                if (
-                    isinstance(node.func, cst.Attribute)
-                    and node.func.attr.value == "chunk"
-                ):
-                    arguments = [module.source(argument) for argument in node.args]
-                    source = reads(module, node.func.value)
-                    if arguments in (["2"], ["2", "dim=0"]) and source & derived:
-                        return True
-    return False
+            arguments = [module.source(argument) for argument in node.args]
+            if node.func.attr.value == "chunk" and arguments in (["2"], ["2", "dim=0"]):
+                names = reads(module, node.func.value)
+                made_of = set().union(*(origins.get(name, set()) for name in names))
+                found |= made_of if len(made_of) == 1 else set()
+        came = set().union(*(origins.get(name, set()) for name in reads(module, line)))
+        if line in calls:
+            came = {line}
+        for name in writes(module, line):
+            origins[name] = came
+    return found
 
 
 def _exclusive(module: ParsedModule, calls: Sequence[TransformerCall]) -> bool:
