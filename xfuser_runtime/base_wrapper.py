@@ -77,7 +77,8 @@ class xFuserBaseWrapper(_AnswersForUpstream):
         generated code.
 
         Outside of a port's denoising loop (a stock pipeline that shares the model, say)
-        nothing holds the ranks together, so upstream's `forward` runs there too.
+        nothing holds the ranks together, so upstream's `forward` runs there too. Where a
+        port leaves the loop as it is, its whole `__call__` counts as the loop.
 
         Raises:
             StateError: when no runtime state has been initialised, or a model that is
@@ -88,8 +89,10 @@ class xFuserBaseWrapper(_AnswersForUpstream):
         def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
             stages = get_pipeline_parallel_world_size()
             split = stages > 1 or get_sequence_parallel_world_size() > 1
+            state = get_runtime_state()
             # Not the step: torch.compile would compile the call again for each one.
-            if not split or get_runtime_state().latents_shape is not None:
+            in_loop = state.latents_shape is not None
+            if not split or in_loop or (stages == 1 and state.loop_is_upstreams):
                 return self._forward_in_pass(forward, args, kwargs)
             if stages > 1:
                 raise StateError(

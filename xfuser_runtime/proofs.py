@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import combinations
@@ -50,12 +50,12 @@ class Proofs:
         """
         needed = list(needed_proofs(engine_config))
         proven = ", ".join(sorted(filter(self._has, self.modes))) or "none"
-        for mode in needed:
-            if mode in self.refused:
-                raise NotSupportedError(
-                    f"{self.port}: mode `{mode}` was refused by porter "
-                    f"({self.refused[mode]}), expected one of the proven modes: {proven}"
-                )
+        refuse_lacking(
+            self.port,
+            self.refused,
+            needed,
+            f", expected one of the proven modes: {proven}",
+        )
         missing = [mode for mode in needed if not self._has(mode)]
         if not missing:
             return
@@ -70,6 +70,21 @@ class Proofs:
 
     def _has(self, mode: str) -> bool:
         return not self.stale and mode in self.modes
+
+
+def refuse_lacking(
+    port: str, refused: Mapping[str, str], modes: Iterable[str], expected: str = ""
+) -> None:
+    """Refuse the first of `modes` that a port lacks.
+
+    Raises:
+        NotSupportedError: with porter's reason.
+    """
+    for mode in modes:
+        if mode in refused:
+            raise NotSupportedError(
+                f"{port}: mode `{mode}` was refused by porter ({refused[mode]}){expected}"
+            )
 
 
 def needed_proofs(engine_config: EngineConfig) -> Iterator[str]:

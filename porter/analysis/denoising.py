@@ -40,11 +40,13 @@ class DenoisingLoop:
         interrupt: the check at the top of the body that ends the run early, or None.
         tail: callback, progress bar and the like, once a step.
         callback_block: the `if callback_on_step_end is not None` of the tail, or None.
-        latents: the name that the loop carries and the scheduler steps.
-        in_place: the body stores into the latents instead of binding them anew.
+        latents: the names that the loop carries and the scheduler steps; where they are
+            several, each has its own schedule.
+        in_place: the body stores into latents instead of binding them anew.
         calls: the denoiser's calls, in order.
         skips: tests above the first call under which the body leaves a step out.
         stops: tests of the tail under which the loop ends early.
+        other_jumps: jumps that passes could take differently.
     """
 
     loop: cst.For
@@ -54,8 +56,9 @@ class DenoisingLoop:
     interrupt: cst.If | None
     tail: tuple[Statement, ...]
     callback_block: cst.If | None
-    latents: str
+    latents: tuple[str, ...]
     in_place: bool
     calls: tuple[TransformerCall, ...]
     skips: tuple[cst.If, ...] = ()
     stops: tuple[cst.If, ...] = ()
+    other_jumps: tuple[cst.Continue | cst.Break, ...] = ()

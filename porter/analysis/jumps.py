@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import libcst as cst
 
-from porter.errors import Refusal
 from porter.parsed import ParsedModule, Statement
 from porter.scope import carried, reads, writes
 
@@ -19,10 +18,12 @@ class Jumps:
     Attributes:
         skips: those of the body under which it leaves the step out.
         stops: those of the tail under which the loop ends early.
+        others: jumps that passes could take differently.
     """
 
     skips: tuple[cst.If, ...]
     stops: tuple[cst.If, ...]
+    others: tuple[cst.Continue | cst.Break, ...]
 
 
 def statements(block: cst.BaseSuite) -> list[Statement]:
@@ -39,7 +40,7 @@ def sorted_jumps(
     jumps: Iterable[cst.Continue | cst.Break],
     body: Sequence[Statement],
     tail: Sequence[Statement],
-    latents: str,
+    latents: Collection[str],
 ) -> Jumps:
     """The jumps by what they do.
 
@@ -48,13 +49,11 @@ def sorted_jumps(
         jumps: all jumps of the loop but those of the interrupt check at its top.
         body: the statements of a pass.
         tail: the statements after a step's last pass.
-        latents: the name that the loop carries.
-
-    Raises:
-        Refusal: a jump that passes could take differently.
+        latents: the names that the loop carries.
     """
     skips: list[cst.If] = []
     stops: list[cst.If] = []
+    others: list[cst.Continue | cst.Break] = []
     for jump in jumps:
         test = next((a for a in module.ancestors(jump) if isinstance(a, cst.If)), None)
         if test is not None and _leaves_step_out(module, test, body, latents):
@@ -62,16 +61,15 @@ def sorted_jumps(
         elif test is not None and _ends_by_interrupt(module, test, tail):
             stops.append(test)
         else:
-            raise Refusal(
-                f"a {module.source(jump)} in the denoising loop",
-                expected="every pass to reach the end of the loop's body",
-                where=module.where(jump),
-            )
-    return Jumps(tuple(skips), tuple(stops))
+            others.append(jump)
+    return Jumps(tuple(skips), tuple(stops), tuple(others))
 
 
 def _leaves_step_out(
-    module: ParsedModule, test: cst.If, body: Sequence[Statement], latents: str
+    module: ParsedModule,
+    test: cst.If,
+    body: Sequence[Statement],
+    latents: Collection[str],
 ) -> bool:
     """Whether `if ...: continue` leaves the whole step out, alike on every rank.
 
@@ -86,8 +84,8 @@ def _leaves_step_out(
     above = body[: list(body).index(test)]
     return (
         isinstance(last.body[0], cst.Continue)
-        and not any(latents in reads(module, part) for part in (*above, test))
-        and not writes(module, test) & {latents, *carried(module, body)}
+        and not any(set(latents) & reads(module, part) for part in (*above, test))
+        and not writes(module, test) & {*latents, *carried(module, body)}
     )
 
 

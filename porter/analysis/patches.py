@@ -72,7 +72,7 @@ def unfit_for_patches(module: ParsedModule, loop: DenoisingLoop) -> str:
     if calls and guider_loop(module, loop) is None:
         where = module.where(calls[0].call)
         return f"{where}: the transformer is called in a loop of its own"
-    for name in sorted(carried(module, loop.body) - {loop.latents}):
+    for name in sorted(carried(module, loop.body) - {*loop.latents}):
         if not _keeps_its_value(module, loop, name):
             line = next(s for s in loop.body if name in reads(module, s))
             return f"{module.where(line)}: {name} is carried from step to step"
@@ -88,11 +88,11 @@ def unfit_for_patches(module: ParsedModule, loop: DenoisingLoop) -> str:
             if name.endswith(".append") and name.rpartition(".")[0] in early:
                 return f"{module.where(node)}: {name.rpartition('.')[0]} grows from step to step"
         for store in find(part, cst.Assign):
-            for name in _stored_into(store) & (early - {loop.latents}):
+            for name in _stored_into(store) & (early - {*loop.latents}):
                 if reads(module, store.value) & written:
                     return f"{module.where(store)}: {name} is changed from step to step"
     for part in loop.tail:
-        if part is not loop.callback_block and loop.latents in writes(module, part):
+        if part is not loop.callback_block and {*loop.latents} & writes(module, part):
             return f"{module.where(part)}: latents change after the step's callback"
     return ""
 

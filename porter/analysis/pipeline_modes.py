@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import libcst as cst
 
@@ -10,6 +10,8 @@ from porter.analysis.denoising import DenoisingLoop, TransformerCall
 from porter.analysis.guider import guider_loop
 from porter.parsed import ParsedModule, find
 from porter.scope import names_in, read_first, reads, writes
+
+_LOOPS = (cst.For, cst.While)
 
 
 def cfg_style(module: ParsedModule, loop: DenoisingLoop) -> tuple[str, str]:
@@ -152,3 +154,26 @@ def _statements_between(
         for part in find(loop.loop, cst.SimpleStatementLine)
         if start <= module.span(part)[0] < end
     ]
+
+
+def unfit_for_passes(module: ParsedModule, loop: DenoisingLoop) -> str:
+    """Why the loop cannot be cut into passes, which stages need, or ''."""
+    where = module.where(loop.loop)
+    if any(isinstance(above, _LOOPS) for above in _in_frame(module, loop.loop)):
+        return f"{where}: the denoising loop stands inside another loop"
+    if loop.loop.orelse is not None:
+        return f"{module.where(loop.loop.orelse)}: the denoising loop has an else"
+    if len(loop.latents) != 1:
+        found = ", ".join(loop.latents) or "no variable"
+        return f"{where}: the loop carries {found} through the scheduler's step"
+    for jump in loop.other_jumps:
+        return f"{module.where(jump)}: a {module.source(jump)} in the denoising loop"
+    return ""
+
+
+def _in_frame(module: ParsedModule, node: cst.CSTNode) -> Iterator[cst.CSTNode]:
+    """What holds `node` inside its function, innermost first."""
+    for above in module.ancestors(node):
+        if isinstance(above, cst.FunctionDef):
+            return
+        yield above

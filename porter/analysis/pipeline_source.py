@@ -15,7 +15,7 @@ import libcst as cst
 from porter.analysis.denoising import DenoisingLoop, TransformerCall
 from porter.analysis.jumps import sorted_jumps, statements
 from porter.analysis.patches import unfit_for_patches
-from porter.analysis.pipeline_modes import cfg_style
+from porter.analysis.pipeline_modes import cfg_style, unfit_for_passes
 from porter.errors import Refusal
 from porter.parsed import ParsedModule, Statement, dotted, find
 from porter.scope import carried, one_line, reads, writes
@@ -32,19 +32,24 @@ class PipelineSource:
         class_name: the class.
         call: its `__call__`.
         parameters: names of `__call__`'s parameters.
-        denoising: the loop.
+        denoising: the loop, or None where `__call__` has none to follow.
+        outer: the statement of `__call__`'s own body that denoises: the one that holds the
+            loop, or the last that leads to a transformer call; None where none is seen.
         denoisers: dotted names under which `__call__` calls a transformer.
         cfg_style: "batched" (one call), "sequential" (two), "entries" (one for each entry
             of a guider) or "none": what the source admits; whether guidance is there at
             all is for the probe to say.
-        refused_modes: mode to the reason, with file:line, why this port lacks it.
+        refused_modes: mode to the reason, with file:line, why this port lacks it. A loop
+            that cannot be cut into passes stays upstream's: that refuses `pp` and
+            `pipefusion`, while sharding and guidance need the transformer call alone.
     """
 
     module: ParsedModule
     class_name: str
     call: cst.FunctionDef
     parameters: tuple[str, ...]
-    denoising: DenoisingLoop
+    denoising: DenoisingLoop | None
+    outer: Statement | None
     denoisers: frozenset[str]
     cfg_style: str
     refused_modes: Mapping[str, str]
@@ -56,15 +61,26 @@ class PipelineSource:
 
     @property
     def before(self) -> Sequence[Statement]:
-        """The statements of `__call__` above the one that holds the loop."""
+        """The statements of `__call__` above the one that denoises."""
         body = list(self.body)
-        return body[: body.index(self.denoising.outer)]
+        return [] if self.outer is None else body[: body.index(self.outer)]
 
     @property
     def after(self) -> Sequence[Statement]:
-        """The statements of `__call__` below the one that holds the loop."""
+        """The statements of `__call__` below the one that denoises."""
         body = list(self.body)
-        return body[body.index(self.denoising.outer) + 1 :]
+        return [] if self.outer is None else body[body.index(self.outer) + 1 :]
+
+    @property
+    def where(self) -> str:
+        """`file:line` of the loop, or of `__call__` where it has none."""
+        loop = self.denoising.loop if self.denoising else self.call
+        return self.module.where(loop)
+
+    @property
+    def rewritten_loop(self) -> DenoisingLoop | None:
+        """The loop if it is cut into passes; None where it stays upstream's."""
+        return None if "pp" in self.refused_modes else self.denoising
 
 
 def analyse_pipeline(
@@ -96,15 +112,22 @@ def analyse_pipeline(
             where=where,
         )
     known = frozenset(attributes | _aliases(module, call, attributes))
-    loop = _denoising_loop(module, class_name, call, known)
-    style, reason = cfg_style(module, loop)
-    refused = {"cfg": reason} if reason else {}
-    if unfit := unfit_for_patches(module, loop):
+    loop, reason = _denoising_loop(module, class_name, call, known)
+    refused = dict.fromkeys(("pp", "pipefusion"), reason) if reason else {}
+    style, no_cfg = "none", reason
+    if loop is not None and loop.latents:
+        style, no_cfg = cfg_style(module, loop)
+    if no_cfg:
+        refused["cfg"] = no_cfg
+    if loop is not None and not reason and (unfit := unfit_for_patches(module, loop)):
         refused["pipefusion"] = unfit
     names = tuple(
         param.name.value for param in (*call.params.params, *call.params.kwonly_params)
     )
-    return PipelineSource(module, class_name, call, names, loop, known, style, refused)
+    outer = loop.outer if loop else _last_leading(module, class_name, call, known)
+    return PipelineSource(
+        module, class_name, call, names, loop, outer, known, style, refused
+    )
 
 
 def _denoising_loop(
@@ -112,7 +135,8 @@ def _denoising_loop(
     class_name: str,
     call: cst.FunctionDef,
     denoisers: frozenset[str],
-) -> DenoisingLoop:
+) -> tuple[DenoisingLoop | None, str]:
+    """The loop, and the reason why it must stay as it is (or '')."""
     calls = [node for node in find(call, cst.Call) if dotted(node.func) in denoisers]
     loops = {
         loop: None
@@ -120,32 +144,50 @@ def _denoising_loop(
         if (loop := _stepping_loop(module, call, node)) is not None
     }
     if not loops:
-        raise Refusal(
-            f"{class_name}.__call__ has no loop that calls the transformer"
-            " and steps the scheduler",
-            expected="one denoising loop in __call__",
-            where=module.where(call),
+        return None, (
+            f"{module.where(call)}: {class_name}.__call__ has no loop that calls the"
+            " transformer and steps the scheduler"
         )
     if len(loops) > 1:
-        raise Refusal(
-            f"{class_name}.__call__ has {len(loops)} denoising loops",
-            expected="one",
-            where=module.where(list(loops)[1]),
-        )
+        where = module.where(list(loops)[1])
+        return None, f"{where}: {class_name}.__call__ has {len(loops)} denoising loops"
     loop = next(iter(loops))
-    if any(isinstance(a, cst.For | cst.While) for a in _between(module, loop, call)):
-        raise Refusal(
-            f"the denoising loop of {class_name} stands inside another loop",
-            expected="one loop over the timesteps",
-            where=module.where(loop),
-        )
     outer = _child_of(module, call.body, loop)
-    return _dissect(module, class_name, loop, outer, calls)
+    found = _dissect(module, loop, outer, calls)
+    return found, unfit_for_passes(module, found)
+
+
+def _last_leading(
+    module: ParsedModule,
+    class_name: str,
+    call: cst.FunctionDef,
+    denoisers: frozenset[str],
+) -> Statement | None:
+    """The last statement of `__call__` that calls a denoiser, itself or by a method."""
+    leading = set(denoisers)
+    methods = [
+        node
+        for node in module.class_def(class_name).body.body
+        if isinstance(node, cst.FunctionDef) and node is not call
+    ]
+    while True:
+        more = {
+            f"self.{method.name.value}"
+            for method in methods
+            if any(dotted(node.func) in leading for node in find(method, cst.Call))
+        }
+        if more <= leading:
+            break
+        leading |= more
+    found = None
+    for part in statements(call.body):
+        if any(dotted(node.func) in leading for node in find(part, cst.Call)):
+            found = part
+    return found
 
 
 def _dissect(
     module: ParsedModule,
-    class_name: str,
     loop: cst.For,
     outer: Statement,
     calls: Sequence[cst.Call],
@@ -158,7 +200,7 @@ def _dissect(
         len(body),
     )
     inside = tuple(body[1 if interrupt else 0 : cut])
-    latents, in_place = _latents(module, class_name, loop, inside)
+    latents, in_place = _latents(module, loop, inside)
     jumps: list[cst.Continue | cst.Break] = []
     for jump in (*find(loop.body, cst.Continue), *find(loop.body, cst.Break)):
         inside_check = interrupt is not None and interrupt in module.ancestors(jump)
@@ -192,6 +234,7 @@ def _dissect(
         ),
         skips=kinds.skips,
         stops=kinds.stops,
+        other_jumps=kinds.others,
     )
 
 
@@ -278,9 +321,9 @@ def _is_tail(module: ParsedModule, statement: Statement) -> bool:
 
 
 def _latents(
-    module: ParsedModule, class_name: str, loop: cst.For, body: Sequence[Statement]
-) -> tuple[str, bool]:
-    """The carried name that the scheduler's step ends in, and whether it is stored into."""
+    module: ParsedModule, loop: cst.For, body: Sequence[Statement]
+) -> tuple[tuple[str, ...], bool]:
+    """The carried names that scheduler steps end in, and whether one is stored into."""
     targets: dict[str, bool] = {}
     for step in _steps(module, loop.body):
         small = next(
@@ -296,24 +339,17 @@ def _latents(
         else:
             targets.setdefault(dotted(target), False)
     kept = carried(module, body)
-    latents = {n for n, stored in targets.items() if n in kept or stored}
+    latents = [n for n, stored in targets.items() if n in kept or stored]
     # A result may be put together with other parts before it becomes the latents.
-    latents |= _derived(module, body, set(targets) - latents) & kept
-    if len(latents) != 1:
-        found = ", ".join(sorted(latents)) or "no variable"
-        raise Refusal(
-            f"the denoising loop of {class_name} carries {found}"
-            " through the scheduler's step",
-            expected="one tensor of latents",
-            where=module.where(loop),
-        )
-    name = next(iter(latents))
+    derived = _derived(module, body, set(targets) - set(latents)) & kept
+    latents += sorted(derived - set(latents))
     stored = any(
-        isinstance(target.target, cst.Subscript) and dotted(target.target.value) == name
+        isinstance(target.target, cst.Subscript)
+        and dotted(target.target.value) in latents
         for part in body
         for target in find(part, cst.AssignTarget)
     )
-    return name, stored
+    return tuple(latents), stored
 
 
 def _derived(

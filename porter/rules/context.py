@@ -30,7 +30,7 @@ class PipelineContext:
         """Mode to the reason why this port lacks it."""
         refused = dict(self.source.refused_modes)
         if self.cfg_style == "none" and "cfg" not in refused:
-            where = self.source.module.where(self.source.denoising.loop)
+            where = self.source.where
             seen = {
                 "none": "no guidance was measured",
                 "carried": "the latents carry both branches through the scheduler",
@@ -39,7 +39,7 @@ class PipelineContext:
             }
             refused["cfg"] = f"{where}: {seen[self.facts.cfg_style]}"
         for mode in ("pp", "pipefusion") if self.facts.helpers else ():
-            where = self.source.module.where(self.source.denoising.calls[0].call)
+            where = self._call
             refused.setdefault(
                 mode,
                 f"{where}: each step also calls {', '.join(self.facts.helpers)}, on latents "
@@ -49,11 +49,19 @@ class PipelineContext:
             for mode, reason in transformer.mixing.refused.items():
                 refused.setdefault(mode, reason)
         if "pipefusion" not in refused and (blocks := self._uncut()):
-            where = self.source.module.where(self.source.denoising.calls[0].call)
+            where = self._call
             refused["pipefusion"] = (
                 f"{where}: the tokens in {blocks} are no whole rows of the latents"
             )
         return refused
+
+    @property
+    def _call(self) -> str:
+        """`file:line` of the first transformer call, or of the loop."""
+        loop = self.source.denoising
+        if loop is None:
+            return self.source.where
+        return self.source.module.where(loop.calls[0].call)
 
     def _uncut(self) -> str:
         """A block list whose tokens no rows of the latents cut, or ''."""

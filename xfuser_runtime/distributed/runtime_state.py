@@ -60,6 +60,8 @@ class RuntimeState:
     Attributes:
         engine_config: of the session.
         input_config: of the pipeline call, see ``set_input_parameters``.
+        loop_is_upstreams: a port runs whose loop is as upstream wrote it: its transformer calls
+            are sharded wherever they stand, and the scheduler's steps part its passes.
         step: index of the denoising step, -1 outside the loop.
         patch: patch of this pass, None for a whole pass.
         num_patches: patches that this call's layouts are cut into.
@@ -131,19 +133,31 @@ class RuntimeState:
 
     def start_pass(self, *, step: int, patch: int | None) -> None:
         """Begin a pass over ``patch`` of ``step``, None for a whole pass."""
+        self._pass_is_over = False
         self.step = step
         self.patch = patch
         self.call_index = -1
         self.region = None
         self.latent_slice = self._slice_of(patch)
 
+    def scheduler_stepped(self) -> None:
+        """In a loop that is upstream's, the next transformer call begins a pass."""
+        self._pass_is_over = self.loop_is_upstreams
+
     def enter_transformer_call(self) -> None:
         """Count a transformer call: caches of the pass are kept by call."""
+        if self._pass_is_over:
+            self.start_pass(step=self.step + 1, patch=None)
         self.call_index += 1
         self.region = None
 
+    def begin_upstreams_loop(self) -> None:
+        """A port runs whose loop is upstream's, until ``end_passes``."""
+        self.loop_is_upstreams = self._pass_is_over = True
+
     def end_passes(self) -> None:
         """Forget the loop; what a call left behind must not reach the next."""
+        self.loop_is_upstreams = False
         self.num_patches = 1
         self.latents_shape: tuple[int, ...] | None = None
         self.first_latents: torch.Tensor | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline, SchedulerMixin
@@ -33,6 +33,7 @@ from xfuser_runtime.pipelines import cfg, guiders
 from xfuser_runtime.pipelines.components import wrapped_transformers
 from xfuser_runtime.pipelines.data_parallel import enable_data_parallel
 from xfuser_runtime.pipelines.denoising_loop import DenoisingLoop
+from xfuser_runtime.proofs import refuse_lacking, used_kinds
 from xfuser_runtime.randomness import same_randomness
 from xfuser_runtime.schedulers import wrap_scheduler
 from xfuser_runtime.transformers import xFuserTransformerBaseWrapper
@@ -55,7 +56,14 @@ class _WrapsPipelines(type):
 
 
 class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
-    """A pipeline that runs in parallel and is the upstream pipeline in all else."""
+    """A pipeline that runs in parallel and is the upstream pipeline in all else.
+
+    Class attributes that the generated subclass sets:
+        refused_modes: kind of splitting to the reason why the port lacks it. Without `pp`
+            the denoising loop is as upstream wrote it.
+    """
+
+    refused_modes: ClassVar[Mapping[str, str]] = {}
 
     @classmethod
     def wrap(
@@ -87,7 +95,13 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
 
     @classmethod
     def check_proven(cls, engine_config: EngineConfig) -> None:
-        """Refuse modes that `porter verify` has not proven; the loader of ports sets it."""
+        """Refuse modes that the port lacks; the loader of ports puts a check in its place
+        that also refuses what `porter verify` has not proven.
+
+        Raises:
+            NotSupportedError: a mode is lacking.
+        """
+        refuse_lacking(cls.__name__, cls.refused_modes, used_kinds(engine_config))
 
     @classmethod
     def _wrap_module(cls, module: nn.Module) -> None:
@@ -123,14 +137,19 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
             if group.world_size == 1:
                 return upstream_class(type(self)).__call__(self, *args, **kwargs)
             self._forget_last_call()
+            state = get_runtime_state()
+            if "pp" in self.refused_modes:
+                state.begin_upstreams_loop()
             with same_randomness(group, args, kwargs):
                 try:
                     output = function(self, *args, **kwargs)
+                    if state.loop_is_upstreams:
+                        _check_entered(state.step)
                     self._finish_sends()
-                    return output
+                    return output if parallel_state.is_dp_last_group() else None
                 finally:
                     self.__dict__.pop("_xfuser_loop", None)
-                    get_runtime_state().end_passes()
+                    state.end_passes()
 
         return checked  # type: ignore[return-value]
 
@@ -167,11 +186,7 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
             RuntimeError: when no transformer call of the pass entered generated code (a
                 hook installed before wrapping still calls upstream's forward, say).
         """
-        if get_runtime_state().call_index < 0:
-            raise RuntimeError(
-                "no transformer call of this step entered the port, expected at least one; "
-                "wrap the pipeline after the transformer is compiled, hooked or replaced"
-            )
+        _check_entered(get_runtime_state().call_index)
         return self._loop.commit(before, latents)
 
     def _skip_patch(self, latents: torch.Tensor) -> torch.Tensor:
@@ -204,12 +219,20 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
         return cfg.restore_batch(*halves)
 
     def _cfg_batched_call(
-        self, transformer: Any, axes: Mapping[str, int | str]
+        self,
+        transformer: Any,
+        axes: Mapping[str, int | str],
+        batch_size: int | None = None,
     ) -> Callable[..., Any]:
-        """One transformer call for both branches; see `cfg.batched_call`."""
-        shape = get_runtime_state().latents_shape
-        assert shape is not None
-        return cfg.batched_call(transformer, axes, shape[0])
+        """One transformer call for both branches; see `cfg.batched_call`.
+
+        A loop that is upstream's passes the batch of its latents.
+        """
+        if batch_size is None:
+            shape = get_runtime_state().latents_shape
+            assert shape is not None
+            batch_size = shape[0]
+        return cfg.batched_call(transformer, axes, batch_size)
 
     def _cfg_branch_call(
         self, transformer: Any, branch: int, other_runs: bool
@@ -295,6 +318,14 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
         device = self._execution_device  # type: ignore[attr-defined]
         wanted = torch.tensor(int(bool(attributes["_interrupt"])), device=device)
         attributes["_interrupt"] = bool(all_reduce_max(wanted, group))
+
+
+def _check_entered(counter: int) -> None:
+    if counter < 0:
+        raise RuntimeError(
+            "no transformer call of this step entered the port, expected at least one; "
+            "wrap the pipeline after the transformer is compiled, hooked or replaced"
+        )
 
 
 def upstream_class_of_instance(value: object) -> type:

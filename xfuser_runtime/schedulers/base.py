@@ -172,6 +172,7 @@ def _in_pass(
         if copies.busy:  # a `step` that calls another one
             return upstream(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
+        state.scheduler_stepped()
         return StepCall(self, upstream, bound, copies, state).run()
 
     return _as_upstream(step, signature)

@@ -4,7 +4,8 @@ Match:    the transformer call of the denoising loop (alternatives in separate b
           an `if` count as one; a further call on one branch alone is left as it is).
 Landmark: inside the denoising loop.
 Emit:     `cfg_transformer = self._cfg_batched_call(self.transformer, {argument: axis})`
-          above the call, and the call of that name; the axes are what the probe measured.
+          above the call, and the call of that name; the axes are what the probe measured. Where the
+          loop stays upstream's, the batch size of the latents is a third argument.
 Manual:   1.1 step 2, made at the call: it also holds where the batch is doubled in the
           loop or in a helper, which the manual's edit does not reach.
 """
@@ -29,17 +30,20 @@ class CfgBatchedCall(Rule[PipelineContext]):
 
     def edits(self, module: ParsedModule, facts: PipelineContext) -> list[Edit]:
         """The split above each call, and the called name."""
-        if facts.cfg_style != "batched":
+        loop = facts.source.denoising
+        if loop is None or facts.cfg_style != "batched":
             return []
         axes = ", ".join(
             f"{json.dumps(path)}: {json.dumps(axis)}"
             for path, axis in sorted(facts.facts.cfg_axes.items())
         )
-        loop = facts.source.denoising
+        # A loop that stays upstream's does not tell the runtime its latents.
+        kept = loop is not facts.source.rewritten_loop
+        batch = f", {loop.latents[0]}.shape[0]" if kept else ""
         found = []
         for call in doubled_calls(module, loop):
             name = module.source(call.call.func)
-            split = f"{_NAME} = self._cfg_batched_call({name}, {{{axes}}})"
+            split = f"{_NAME} = self._cfg_batched_call({name}, {{{axes}}}{batch})"
             found += [
                 self.insert_before(module, call.statement, split, at=loop.loop),
                 self.replace(module, call.call.func, _NAME, at=loop.loop),

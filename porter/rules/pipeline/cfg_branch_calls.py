@@ -24,9 +24,9 @@ class CfgBranchCalls(Rule[PipelineContext]):
 
     def edits(self, module: ParsedModule, facts: PipelineContext) -> list[Edit]:
         """Both called names, and the exchange."""
-        if facts.cfg_style != "sequential":
-            return []
         loop = facts.source.denoising
+        if loop is None or facts.cfg_style != "sequential":
+            return []
         first, second = loop.calls
         guards = second.guards[len(first.guards) :]
         guard = " and ".join(f"({test})" for test in guards)

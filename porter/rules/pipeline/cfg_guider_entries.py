@@ -27,7 +27,8 @@ class CfgGuiderEntries(Rule[PipelineContext]):
 
     def edits(self, module: ParsedModule, facts: PipelineContext) -> list[Edit]:
         """The loop's header, the called name, and the check."""
-        found = guider_loop(module, facts.source.denoising)
+        loop = facts.source.denoising
+        found = guider_loop(module, loop) if loop else None
         if found is None:
             return []
         check = self.insert_before(

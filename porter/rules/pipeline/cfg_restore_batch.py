@@ -10,7 +10,7 @@ Manual:   1.1 step 2. The manual's example has no such callback.
 from __future__ import annotations
 
 from porter.analysis.guidance import split_batch
-from porter.analysis.pipeline_source import statements
+from porter.analysis.jumps import statements
 from porter.parsed import ParsedModule
 from porter.rules.base import Edit, Rule
 from porter.rules.context import PipelineContext
@@ -25,7 +25,8 @@ class CfgRestoreBatch(Rule[PipelineContext]):
 
     def edits(self, module: ParsedModule, facts: PipelineContext) -> list[Edit]:
         """One statement above the callback's own."""
-        block = facts.source.denoising.callback_block
+        loop = facts.source.denoising
+        block = loop.callback_block if loop else None
         doubled = split_batch(facts.source) if facts.cfg_style == "batched" else None
         if block is None or doubled is None:
             return []

@@ -16,8 +16,8 @@ from __future__ import annotations
 import libcst as cst
 
 from porter.analysis.denoising import DenoisingLoop
-from porter.analysis.pipeline_source import CALLBACKS, statements
-from porter.errors import RuleError
+from porter.analysis.jumps import statements
+from porter.analysis.pipeline_source import CALLBACKS
 from porter.parsed import ParsedModule
 from porter.rules.base import Edit, Rule
 from porter.rules.context import PipelineContext
@@ -40,13 +40,9 @@ class DenoisingLoopPasses(Rule[PipelineContext]):
     def edits(self, module: ParsedModule, facts: PipelineContext) -> list[Edit]:
         """Warm-up length, header, receive and commit."""
         source = facts.source
-        loop = source.denoising
-        if loop.loop.orelse is not None:
-            raise RuleError(
-                "an else of the denoising loop",
-                expected="none",
-                where=module.where(loop.loop.orelse),
-            )
+        loop = source.rewritten_loop
+        if loop is None:
+            return []
         given = [name for name in CALLBACKS if name in source.parameters]
         callback = f", callback={' or '.join(given)}" if given else ""
         return [
@@ -76,12 +72,17 @@ class DenoisingLoopPasses(Rule[PipelineContext]):
 
     def _skip(self, module: ParsedModule, loop: DenoisingLoop, test: cst.If) -> Edit:
         """A pass that is left out hands over what it received."""
-        name = loop.latents
+        (name,) = loop.latents
         text = f"{name} = self._skip_patch({name})\n{_TAIL}"
         return self.insert_before(module, statements(test.body)[0], text, at=loop.loop)
 
+    def expected(self, module: ParsedModule, facts: PipelineContext) -> tuple[int, int]:
+        """One loop, none where it stays upstream's."""
+        wanted = int(facts.source.rewritten_loop is not None)
+        return wanted, wanted
+
     def _receive(self, module: ParsedModule, loop: DenoisingLoop) -> Edit:
-        name = loop.latents
+        (name,) = loop.latents
         text = f"{_BEFORE} = {name} = self._receive_patch({name})"
         if loop.in_place:
             # The body stores into the latents: what it started from must be a copy.
@@ -93,7 +94,7 @@ class DenoisingLoopPasses(Rule[PipelineContext]):
         return self.insert_before(module, loop.body[0], text, at=loop.loop, blank=True)
 
     def _commit(self, module: ParsedModule, loop: DenoisingLoop) -> Edit:
-        name = loop.latents
+        (name,) = loop.latents
         commit = f"{name} = self._commit_patch({_BEFORE}, {name})"
         if not loop.tail:
             return self.insert_after(

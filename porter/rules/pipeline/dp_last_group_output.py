@@ -6,7 +6,8 @@ Landmark: after the statement that holds the denoising loop: an `output_type` re
           the loop is no match.
 Emit:     the same statements under `if is_dp_last_group():`; other ranks free their hooks
           and return None.
-Manual:   1.1 step 5. The manual returns None without freeing the hooks, which leaves
+Manual:   1.1 step 5. Where `__call__` has no loop of its own and the output is made in
+          another method, the decorator alone returns None. The manual returns None without freeing the hooks, which leaves
           offloaded weights on the device.
 """
 
@@ -57,6 +58,10 @@ class DpLastGroupOutput(Rule[PipelineContext]):
                 footer=f"else:\n{free}    return None",
             )
         ]
+
+    def expected(self, module: ParsedModule, facts: PipelineContext) -> tuple[int, int]:
+        """One output stage; it may be missing where `__call__` has no loop."""
+        return int(facts.source.denoising is not None), 1
 
 
 def _makes_output(part: Statement) -> bool:

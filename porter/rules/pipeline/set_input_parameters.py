@@ -54,6 +54,10 @@ class SetInputParameters(Rule[PipelineContext]):
             ]
         return [self.insert_after(module, before[place], text, at=anchor, blank=True)]
 
+    def expected(self, module: ParsedModule, facts: PipelineContext) -> tuple[int, int]:
+        """One place; it may be missing where `__call__` has no loop."""
+        return int(facts.source.denoising is not None), 1
+
 
 def _encodes_prompt(part: Statement) -> bool:
     return any(

@@ -25,11 +25,12 @@ class WholeLatentsFormulas(Rule[PipelineContext]):
 
     def edits(self, module: ParsedModule, facts: PipelineContext) -> list[Edit]:
         """One statement above each formula."""
-        if "pipefusion" in facts.refused_modes:
+        loop = facts.source.rewritten_loop
+        if loop is None or "pipefusion" in facts.refused_modes:
             return []
         return [
             self.insert_before(
                 module, found.statement, f'self._refuse_patches("{found.call}")'
             )
-            for found in cross_row_formulas(module, facts.source.denoising)
+            for found in cross_row_formulas(module, loop)
         ]

@@ -1,4 +1,3 @@
-# error: stands inside another loop
 class ToyPipeline(DiffusionPipeline):
     def __init__(self, transformer, scheduler, vae):
         super().__init__()

@@ -1,4 +1,3 @@
-# error: carries audio, latents through the scheduler's step, expected one tensor of latents
 class ToyPipeline(DiffusionPipeline):
     def __init__(self, transformer, scheduler, vae):
         super().__init__()

@@ -1,4 +1,3 @@
-# error: a continue in the denoising loop
 class ToyPipeline(DiffusionPipeline):
     def __init__(self, transformer, scheduler, vae):
         super().__init__()
