@@ -14,8 +14,9 @@ from porter.errors import Refusal
 from porter.parsed import ParsedModule
 from porter.probe.capture import TransformerCall, first_step_calls
 from porter.probe.guidance import Axes, measure_guidance
+from porter.probe.loop_probe import BATCHED
 from porter.probe.stock import upstream_runs
-from porter.probe.transformer import BATCHED, probe_transformer
+from porter.probe.transformer import probe_transformer
 from porter.shrink import call_kwargs, image_sizes, make_checkpoint
 from porter.source import is_transformer
 
