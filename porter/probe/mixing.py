@@ -237,7 +237,12 @@ def _rank_input(shard: Shard, whole: Arguments, local: Arguments) -> RankInput:
         for name, value in local.items()
         if type(value) is int and value != whole.get(name)
     }
-    return RankInput(shard, cuts, integers)
+    alike = {
+        tuple(leaf.shape): cuts[path]
+        for path, leaf in tensor_leaves(whole)
+        if path in cuts
+    }
+    return RankInput(shard, cuts, integers, frozenset(whole), alike)
 
 
 def _local(value: Any, axes: tuple[TokenAxis, ...], shard: Shard) -> Any:

@@ -47,11 +47,16 @@ class RankInput:
         shard: its rows.
         cuts: where the blocks' arguments hold tokens, by parameter and path below it.
         integers: parameters that have another number on this rank.
+        known: the parameters that the first block is given.
+        alike: cuts by shape, for the tensors that later blocks alone are given (skip
+            connections); a wrong one shows as a block that maps its tokens otherwise.
     """
 
     shard: Shard
     cuts: Mapping[str, TokenCut]
     integers: Mapping[str, int]
+    known: frozenset[str] = frozenset()
+    alike: Mapping[tuple[int, ...], TokenCut] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,10 +127,17 @@ class RankRun:
     def _arguments(self) -> dict[str, Any]:
         return {
             name: self._rank.integers.get(
-                name, part_of(value, self._rank.cuts, self._shard, name)
+                name, part_of(value, self._cuts(name, value), self._shard, name)
             )
             for name, value in self._call.arguments.items()
         }
+
+    def _cuts(self, name: str, value: Any) -> Mapping[str, TokenCut]:
+        """Where an argument holds tokens, by path."""
+        if name in self._rank.known or not isinstance(value, torch.Tensor):
+            return self._rank.cuts
+        cut = self._rank.alike.get(tuple(value.shape))
+        return self._rank.cuts if cut is None else {name: cut}
 
     def _attend(self, place: Place, call: AttentionCall) -> torch.Tensor:
         path, key = place[0], starred(place[0])
