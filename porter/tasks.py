@@ -58,6 +58,13 @@ def task_of(module: str, node: ast.ClassDef) -> str:
     return f"{source}-to-{_output(module, call)}"
 
 
+def needed_arguments(node: ast.ClassDef) -> tuple[str, ...]:
+    """Parameters of `__call__` that it cannot do without, by the rule of `task_of`."""
+    methods = methods_of(node)
+    defaults = _defaults(methods["__call__"])
+    return tuple(n for n, value in defaults.items() if _is_needed(n, value, methods))
+
+
 def _defaults(function: ast.FunctionDef) -> dict[str, ast.expr | None]:
     """Parameters with their defaults; None where there is none."""
     arguments = function.args

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from . import sizes, stand_ins, table, text
+from .channels import Channels, agreed_channels
 from .errors import ShrinkError
 from .tokenizers import is_processor, make_tokenizer, tokenizer_for
 from .weights import enliven
@@ -78,12 +79,7 @@ class Components:
         hinted = self._stand_in(name) or self.hints[name]
         cls = _resolved(changes.pop("class", hinted))
         if _is_tokenizer(name):
-            tokenizer = make_tokenizer(tokenizer_for(cls, self._encoder_hint(name)))
-            for entry, value in changes.items():
-                setattr(tokenizer, entry, value)
-            if is_processor(cls):
-                return stand_ins.TextProcessor(tokenizer, tokenizer.chat_template)
-            return tokenizer
+            return self._tokenizer(cls, self._encoder_hint(name), changes)
         if issubclass(cls, enum.Enum | SchedulerMixin):
             return self._scheduler(cls, changes)
         if issubclass(cls, ModelMixin):
@@ -99,6 +95,19 @@ class Components:
             f"{self.pipeline_class.__name__} needs {name}: {cls.__name__}",
             expected="a model, a scheduler or a tokenizer",
         )
+
+    def _tokenizer(self, cls: Any, encoder: Any, changes: Mapping[str, Any]) -> Any:
+        tokenizer = make_tokenizer(tokenizer_for(cls, encoder))
+        for entry, value in changes.items():
+            setattr(tokenizer, entry, value)
+        if not is_processor(cls):
+            return tokenizer
+        if "image_processor" not in inspect.signature(cls.__init__).parameters:
+            return stand_ins.TextProcessor(tokenizer, tokenizer.chat_template)
+        config = text.encoder_config(
+            text.concrete_class(encoder), None, sizes.TEXT_DIM, {}
+        )
+        return stand_ins.picture_processor(tokenizer, config.vision_config)
 
     def alike(self, name: str) -> list[str]:
         """The components hinted by the same class, ``name`` among them."""
@@ -132,26 +141,26 @@ class Components:
         return cls(**changes)
 
     def _diffusers_model(self, name: str, cls: Any, changes: dict[str, Any]) -> Any:
+        channels = self._channels()
         if name == "vae":
-            config = sizes.vae_config(cls, self._latent_channels(cls))
+            config = sizes.vae_config(cls, channels.latents)
         else:
             config = sizes.backbone_config(cls, self.blocks)
+            if name == "transformer":
+                config |= channels.backbone
         model = cls(**{**config, **changes})
         enliven(model, self.seed)
         return model.eval()
 
-    def _latent_channels(self, cls: Any) -> int | None:
-        """Latent channels of a VAE whose own default is not meant for this backbone."""
-        given = sizes.defaults(cls)
-        if "block_out_channels" not in given or given["latent_channels"] != 4:
-            return None
-        backbone = self.hints.get("transformer")
-        entries = self.changes.get("transformer", {})
-        channels = entries.get("in_channels") or (
-            sizes.defaults(backbone).get("in_channels") if backbone else None
+    def _channels(self) -> Channels:
+        """Channels on which the backbone and the VAE agree."""
+        backbone, vae = self.hints.get("transformer"), self.hints.get("vae")
+        return agreed_channels(
+            self.pipeline_class,
+            sizes.defaults(backbone) if backbone else {},
+            self.changes.get("transformer", {}),
+            sizes.defaults(vae) if vae else {},
         )
-        packed = hasattr(self.pipeline_class, "_pack_latents")
-        return channels and (int(channels) // 4 if packed else int(channels))
 
     def _encoder(self, name: str, hint: type, changes: dict[str, Any]) -> Any:
         cls = text.concrete_class(hint)

@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 
 from . import table, table_moving
 from .media import (
@@ -23,6 +21,7 @@ from .media import (
     takes_one,
     videos,
 )
+from .pictures import mask, picture, pictures
 
 TOKEN_ROWS = ((8, 8), (6, 14), (7, 9))
 """Token rows and columns of the picture sizes: even, wide, odd."""
@@ -67,6 +66,7 @@ def image_sizes(pipeline: Any) -> tuple[tuple[int, int], ...]:
     # Sound has a length alone, which is made from the same numbers.
     cell = 1 if set(_SOUND_NAMES) & set(names) else _cell(pipeline)
     tokens = FRAME_TOKEN_ROWS if is_of_frames(names) else TOKEN_ROWS
+    tokens = table.TOKEN_ROWS.get(type(pipeline).__name__, tokens)
     return tuple((rows * cell, columns * cell) for rows, columns in tokens)
 
 
@@ -105,7 +105,7 @@ def call_kwargs(
     frames = own.get("num_frames") or frame_count(pipeline, number)
     duration = seconds(pipeline, math.prod(TOKEN_ROWS[number]))
     texts = PROMPTS[text]
-    one = type(pipeline).__name__ in table_moving.ONE_PROMPT
+    one = type(pipeline).__name__ in table.ONE_PROMPT | table_moving.ONE_PROMPT
     batch_size = 1 if one else batch_size
     wanted: dict[str, Any] = {
         "prompt": [texts[i % len(texts)] for i in range(batch_size)],
@@ -129,7 +129,10 @@ def call_kwargs(
         **_guidance(pipeline, names, batch_size, guidance),
     }
     given = table_moving.GIVEN.get(type(pipeline).__name__, frozenset())
-    wanted.update(_pictures(type(pipeline), names, given, *size, batch_size))
+    if given or is_of_frames(names):
+        wanted.update(_frames(type(pipeline), names, given, *size, batch_size))
+    else:
+        wanted.update(pictures(pipeline, *size, batch_size))
     if "audio" in given:
         wanted["audio"] = sound(pipeline, duration, batch_size)
     wanted.update(videos(type(pipeline), given, (frames, *size), batch_size))
@@ -144,7 +147,7 @@ def call_kwargs(
     return {name: value for name, value in wanted.items() if name in names}
 
 
-def _pictures(
+def _frames(
     pipeline_class: type,
     names: Mapping[str, Any],
     given: frozenset[str],
@@ -152,18 +155,18 @@ def _pictures(
     width: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Pictures for calls that need them; those that merely may have some get none."""
+    """Pictures for calls that make a video of them."""
     needed = {"control_image", "mask_image"} | {n for n in given if "image" in n}
     if {"strength", "mask_image"} & set(names):
         needed.add("image")
     needed |= {
         name for name in ("image",) if name in names and _is_required(names[name])
     }
-    stripes = np.indices((height, width)).sum(axis=0) % 256
-    picture = Image.fromarray(stripes.astype(np.uint8)).convert("RGB")
-    mask = Image.fromarray(np.uint8(255) * (stripes < 128).astype(np.uint8))
     made = {
-        name: [mask if name == "mask_image" else picture] * batch_size
+        name: [
+            (mask if name == "mask_image" else picture)(height, width, row)
+            for row in range(batch_size)
+        ]
         for name in needed
     }
     return {

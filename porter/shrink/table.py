@@ -24,6 +24,27 @@ STAND_INS = {
 }
 """What is built instead of a hinted class, by the class's name."""
 
+_LEVELS = 7
+"""Of a VAE for bodies that bring every picture to about 1024 x 1024 pixels, whatever the
+caller asks: 64 pixels a latent and 128 a token keep tokens few."""
+
+_COARSE_CAUSAL_VAE = {
+    "base_dim": 2,
+    "num_res_blocks": 0,
+    "dim_mult": [1] * _LEVELS,
+    "temperal_downsample": [False] * (_LEVELS - 1),
+}
+
+
+def _coarse_vae(levels: int) -> dict[str, Any]:
+    return {
+        "block_out_channels": (4,) * levels,
+        "norm_num_groups": 2,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+
+
 _NO_MICRO_CONDITIONS = {"transformer": {"use_additional_conditions": False}}
 
 
@@ -96,6 +117,34 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     # None by default; the body halves it: half is the mean, half the variance.
     "DiTPipeline": {"transformer": {"out_channels": 8}},
     **table_moving.COMPONENTS,
+    # Beside the latents the body passes a masked picture and a mask of 64 values a latent.
+    "FluxFillPipeline": {"transformer": {"in_channels": 384, "out_channels": 64}},
+    # None by default: the channels of a mask, which the body always passes.
+    "QwenImageControlNetInpaintPipeline": {
+        "controlnet": {"extra_condition_channels": 4}
+    },
+    # The bodies bring pictures to a size of their own.
+    "QwenImageEditPipeline": {"vae": _COARSE_CAUSAL_VAE},
+    "QwenImageEditInpaintPipeline": {"vae": _COARSE_CAUSAL_VAE},
+    "QwenImageEditPlusPipeline": {"vae": _COARSE_CAUSAL_VAE},
+    "QwenImageLayeredPipeline": {
+        "vae": {**_COARSE_CAUSAL_VAE, "input_channels": 4},
+        # The body passes a condition for the layers beside the timestep.
+        "transformer": {"use_additional_t_cond": True},
+    },
+    # Rotary axes are a list of their own, which adds up to the width of a head.
+    "JoyImageEditPipeline": {
+        "vae": {**_COARSE_CAUSAL_VAE, "scale_factor_spatial": 64},
+        "transformer": {"rope_dim_list": [8, 8, 8]},
+    },
+    "JoyImageEditPlusPipeline": {
+        "vae": {**_COARSE_CAUSAL_VAE, "scale_factor_spatial": 64},
+        "transformer": {"rope_dim_list": [8, 8, 8]},
+    },
+    "Kandinsky5I2IPipeline": {"vae": _coarse_vae(_LEVELS)},
+    "Kandinsky5T2IPipeline": {"vae": _coarse_vae(_LEVELS)},
+    # Rounds sizes up to multiples of 16: with coarser latents they would not fit.
+    "LongCatImageEditPipeline": {"vae": _coarse_vae(_LEVELS - 1)},
     # None by default, meaning unpatched; the latents have a quarter of the packed width.
     # The first three blocks and the last one are dense whatever the depth; of 128 experts
     # each would take one token of a small image.
@@ -134,6 +183,31 @@ CELLS = {
     "SanaImageToVideoPipeline": 2,
 }
 """Image tokens along one side of the smallest legal square, where it is not one."""
+
+TOKEN_ROWS = {
+    # Of about 1024 x 1024 pixels, rounded by the body to multiples of 32.
+    "QwenImageEditPipeline": ((8, 8), (5, 13), (7, 9)),
+    "QwenImageEditInpaintPipeline": ((8, 8), (5, 13), (7, 9)),
+    "QwenImageEditPlusPipeline": ((8, 8), (5, 13), (7, 9)),
+    # The sides of these belong to the body's own list of sizes.
+    "JoyImageEditPipeline": ((8, 8), (6, 10), (7, 9)),
+    "JoyImageEditPlusPipeline": ((8, 8), (6, 10), (7, 9)),
+    # Of about 1024 x 1024 pixels, rounded up by the body to multiples of 16.
+    "LongCatImageEditPipeline": ((16, 16), (13, 20), (20, 13)),
+}
+"""Token rows and columns of the picture sizes, where a body takes few sizes."""
+
+PICTURES_OF_ONE_PROMPT = {
+    "BriaFiboEditPipeline": 1,
+    "QwenImageEditPlusPipeline": 2,
+}
+"""Number of pictures in a list that belongs to one prompt, not one picture a prompt."""
+
+ONE_PROMPT = frozenset({"LongCatImageEditPipeline", "QwenImageEditPlusPipeline"})
+"""Bodies that refuse several prompts, or read the first of them alone."""
+
+EDITED = {"JoyImageEditPlusPipeline": "images"}
+"""Pictures that a body may do without, though the class is there to edit them."""
 
 
 def for_pipeline(pipeline_class: type) -> Mapping[str, Mapping[str, Any]]:
