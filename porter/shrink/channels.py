@@ -66,6 +66,8 @@ def agreed_channels(
     function = latents_of(pipeline_class)
     if channels is None:
         return Channels(None, {})
+    if function and function(channels) == channels:
+        packed = 1  # as many as the backbone takes: what is packed is no square of them
     entries: dict[str, int] = {}
     is_free = "block_out_channels" in vae and vae["latent_channels"] == 4
     if is_free:

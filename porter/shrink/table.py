@@ -118,7 +118,10 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     "DiTPipeline": {"transformer": {"out_channels": 8}},
     **table_moving.COMPONENTS,
     # Beside the latents the body passes a masked picture and a mask of 64 values a latent.
-    "FluxFillPipeline": {"transformer": {"in_channels": 384, "out_channels": 64}},
+    "FluxFillPipeline": {
+        "transformer": {"in_channels": 384, "out_channels": 64},
+        "vae": {"latent_channels": 16},
+    },
     # None by default: the channels of a mask, which the body always passes.
     "QwenImageControlNetInpaintPipeline": {
         "controlnet": {"extra_condition_channels": 4}
