@@ -123,9 +123,17 @@ class KeyOrigins:
             keys,
             queries,
         ):
-            keys = queries = None
+            outside = not (self._of_tokens(keys) or self._of_tokens(self.keys[path]))
+            if outside and self.queries[path] == queries:
+                keys = ()  # parts of a context that stays whole
+            else:
+                keys = queries = None
         self.keys[path], self.queries[path] = keys, queries
         return call.run().detach()
+
+    def _of_tokens(self, keys: Rows) -> bool:
+        """Whether keys come from a variable that may be cut, or from no clear place."""
+        return keys is None or any(leaf in self._axes for leaf, _ in keys)
 
     def _alike(self, call: AttentionCall, keys: Rows) -> bool:
         """True where as many queries as keys begin and end with the same tokens."""
@@ -161,14 +169,26 @@ class KeyOrigins:
         fixed = iter(self._fixed_origins(others))
         complete = [origin or next(fixed, None) for origin in found]
         known = [origin for origin in complete if origin is not None]
-        return tuple(known) if len(known) == len(complete) else None
+        if len(known) == len(complete):
+            return tuple(known)
+        touched = {leaf for row in rows for leaf, _ in row}
+        # Part of a context of one length, which the loop neither carries nor cuts.
+        return () if touched and not touched & self._axes.keys() else None
 
     def _touched(
         self, value: torch.Tensor, row: int
     ) -> Iterator[tuple[Leaf, torch.Tensor]]:
         """The leaves that a row of `value` depends on, with their gradients' sizes."""
+        chosen = value[..., row, :].double()
+        # Around numbers of no pattern: rows of zeros, as padding often is, depend on their
+        # token too, and a norm keeps the sum of squares.
+        noise = torch.randn(
+            chosen.shape,
+            generator=torch.Generator().manual_seed(row),
+            dtype=torch.double,
+        )
         gradients = torch.autograd.grad(
-            value[..., row, :].double().square().sum(),
+            (chosen + noise).square().sum(),
             list(self._leaves.values()),
             retain_graph=True,
             allow_unused=True,

@@ -50,3 +50,47 @@ def test_rows_that_are_written_in_place_keep_their_origins() -> None:
     expected += [(("tokens", ""), row) for row in range(TOKENS)]
     assert found.keys["attention"] == tuple(expected)
     assert found.queries["attention"] == tuple(expected)
+
+
+class Context(nn.Module):
+    """Tokens look at two parts of a context, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.Module()
+        self.attention.forward = self._attend  # type: ignore[method-assign]
+        self.project = nn.Linear(WIDTH, WIDTH, bias=False)
+
+    def _attend(self, context: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        query = self.project(tokens)[:, None]
+        found = torch.zeros_like(tokens)
+        for part in (context[:, :TEXT], context[:, TEXT:]):
+            keys = self.project(part)[:, None]
+            found = found + F.scaled_dot_product_attention(query, keys, keys)[:, 0]
+        return found
+
+    def forward(self, context: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        return self.attention(context, tokens)
+
+
+def origins_of_context(axes: dict[tuple[str, str], int]) -> KeyOrigins:
+    block = Context()
+    values = {
+        "context": torch.randn(1, TEXT + 3, WIDTH),
+        "tokens": torch.randn(1, TOKENS, WIDTH),
+    }
+    values["context"][:, -1] = 0  # padding
+
+    def model(swap: Any) -> Any:
+        return block(**{name: swap(name, value) for name, value in values.items()})
+
+    return KeyOrigins(block, axes, {"tokens"}).run(model)
+
+
+def test_parts_of_a_context_of_one_length_are_no_streams() -> None:
+    assert origins_of_context({("tokens", ""): 1}).keys["attention"] == ()
+
+
+def test_parts_of_a_context_that_may_be_cut_are_unclear() -> None:
+    found = origins_of_context({("tokens", ""): 1, ("context", ""): 1})
+    assert found.keys["attention"] is None
