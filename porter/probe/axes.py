@@ -59,17 +59,17 @@ class AxisSolver:
             return ()
         if len(distinct) == 1:
             return tuple(axis for axis in distinct if axis is not None)
-        items: dict[int, TokenAxis] = {}
+        items: dict[str, TokenAxis | None] = {}
         for path, axis in found.items():
-            item, _, rest = path.partition(".")
-            if rest or not item.isdigit():
+            item = path.partition(".")[0]
+            if not item.isdigit() or items.setdefault(item, axis) != axis:
                 raise self._refusal(
                     f"value {name} whose tensors hold tokens in different ways",
-                    "one token axis, or a tuple of tensors",
+                    "one token axis, or a tuple whose items have one each",
                 )
-            if axis is not None:
-                items[int(item)] = replace(axis, item=int(item))
-        return tuple(items.values())
+        return tuple(
+            replace(axis, item=int(item)) for item, axis in items.items() if axis
+        )
 
     def _axis(self, name: str, path: str) -> TokenAxis | None:
         present = [i for i, run in enumerate(self._runs) if path in run.get(name, {})]
@@ -83,7 +83,9 @@ class AxisSolver:
             streams = self._streams_of(name, extents, lengths)
             if streams is not None:
                 found.append(TokenAxis(dim, streams, ndim=len(shapes[0])))
-            elif self._follows_image(extents, present):
+            elif self._follows_image(extents, present) and "." not in path:
+                # A tuple inside a tuple may be tables that tokens look up: they stay
+                # whole, and running the blocks on part of the tokens tells if they may.
                 raise self._refusal(
                     f"value {name} of shapes {sorted(set(shapes))} with an image-sized "
                     "axis that is no token axis",
