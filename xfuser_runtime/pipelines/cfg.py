@@ -67,7 +67,8 @@ def batched_call(
         axes: batch axis of every argument that guidance doubles, by parameter name with
             a dot for keys of dicts and places in lists; "items" for a list of one item a
             picture.  An argument of twice the latents' batch is halved; one of the
-            latents' batch has been split already or holds for both branches.
+            latents' batch has been split already.  Where other batches are among them,
+            as after a callback that ends the guidance, both ranks make the whole call.
         batch_size: batch of the latents.
     """
     if parallel_state.get_classifier_free_guidance_world_size() == 1:
@@ -79,7 +80,7 @@ def batched_call(
         halves = _Halves(batch_size)
         for path, axis in axes.items():
             halves.take(bound.arguments, path.split("."), axis)
-        if not (halves.taken or get_runtime_state().cfg_batch_is_split):
+        if not halves.are_all(split_before=get_runtime_state().cfg_batch_is_split):
             return transformer(*args, **kwargs)
         output = transformer(*bound.args, **bound.kwargs)
         join = _gather_batch
@@ -165,7 +166,7 @@ class _Halves:
     """Replaces doubled leaves of bound arguments by this rank's half."""
 
     def __init__(self, batch_size: int) -> None:
-        self.taken = False
+        self._extents: list[tuple[str, int]] = []
         self.of_lists = False
         self._batch_size = batch_size
         self._rank = parallel_state.get_classifier_free_guidance_rank()
@@ -192,27 +193,40 @@ class _Halves:
             arguments[key] = map_tensors(half, value)
 
     def _half(self, name: str, axis: int, leaf: torch.Tensor) -> torch.Tensor:
-        if not self._is_doubled(leaf.shape[axis], f"rows on axis {axis}", name):
+        if not self._is_doubled(leaf.shape[axis], name):
             return leaf
         return leaf.narrow(axis, self._rank * self._batch_size, self._batch_size)
 
     def _half_list(self, name: str, values: Any) -> Any:
-        if not self._is_doubled(len(values), "items", name):
+        if not self._is_doubled(len(values), name):
             return values
         self.of_lists = True
         start = self._rank * self._batch_size
         return values[start : start + self._batch_size]
 
-    def _is_doubled(self, extent: int, of_what: str, name: str) -> bool:
-        if extent == 2 * self._batch_size:
-            self.taken = True
-            return True
-        if extent == self._batch_size:
-            return False
-        raise ValueError(
-            f"argument {name} has {extent} {of_what}, expected "
-            f"{self._batch_size} or {2 * self._batch_size}; run without use_cfg_parallel"
-        )
+    def are_all(self, *, split_before: bool) -> bool:
+        """Whether the arguments are both branches of guidance, and of nothing more.
+
+        Args:
+            split_before: some were halved before the call.
+
+        Raises:
+            ValueError: some were, and others have neither one batch nor two.
+        """
+        one, two = self._batch_size, 2 * self._batch_size
+        if not split_before:
+            return {extent for _, extent in self._extents} == {two}
+        for name, extent in self._extents:
+            if extent not in (one, two):
+                raise ValueError(
+                    f"argument {name} has a batch of {extent}, expected {one} or {two}; "
+                    "run without use_cfg_parallel"
+                )
+        return True
+
+    def _is_doubled(self, extent: int, name: str) -> bool:
+        self._extents.append((name, extent))
+        return extent == 2 * self._batch_size
 
 
 def _joined(join: Callable[[Any], Any], output: Any, list_length: int | None) -> Any:
