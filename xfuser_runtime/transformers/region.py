@@ -282,4 +282,15 @@ def _join(pieces: Iterable[torch.Tensor], like: torch.Tensor, dim: int) -> torch
     held = [piece for piece in pieces if piece.shape[dim]]
     if not held:
         return like.narrow(dim, 0, 0)
-    return held[0] if len(held) == 1 else torch.cat(held, dim=dim)
+    return _dense(held[0]) if len(held) == 1 else torch.cat(held, dim=dim)
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    """`x` with the strides of a fresh tensor, copied only where it must be.
+
+    Blocks return fresh tensors: with other strides the first block would be compiled apart.
+    """
+    if x.is_contiguous():
+        # A dimension of one keeps the stride of the whole that it was cut from.
+        return x.reshape(-1).view(x.shape)
+    return x.contiguous()
