@@ -127,6 +127,29 @@ def test_the_port_on_one_process_is_stock(
     assert report["peak_bytes"] > 0
 
 
+def test_memory_of_each_rank(workshop: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Of the blocks each of two stages holds half, of all else both hold the same."""
+    stages = ["--pipefusion_parallel_degree", "2", "--warmup_steps", "4"]
+    flags = [*stages, "--num_pipeline_patch", "1", "--allow_unproven"]
+    output = ["--output", "pp.png", "--json", "--report-memory"]
+    assert launch(workshop, [*flags, *output], ranks=2) == [0, 0]
+    assert_same_picture(workshop / "pp.png", workshop / "stock.png")
+    memory = json.loads(capfd.readouterr().out)["memory"]
+    assert [(held["rank"], held["stage"]) for held in memory] == [(0, 0), (1, 1)]
+    first, second = memory
+    assert first["blocks"] == second["blocks"] > 0
+    assert first["weights"] == second["weights"]
+    whole = read_file_sizes(workshop / "checkpoint" / "transformer")
+    own = first["weights"]["transformer"]
+    assert own < 0.7 * whole and own + second["blocks"] > 0.95 * whole
+    assert all(0 < held["resident"] <= held["peak"] for held in memory)
+
+
+def read_file_sizes(folder: Path) -> int:
+    """Bytes of the weights in a folder."""
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
 def test_torchrun_saves_stocks_picture_and_reports_once(workshop: Path) -> None:
     output = ["--output", "pictures/cfg.png", "--reference", "stock.png"]
     done = torchrun(workshop, ["--use_cfg_parallel", *output])

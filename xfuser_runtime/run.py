@@ -127,6 +127,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print the report as one JSON object"
     )
     output.add_argument(
+        "--report_memory",
+        "--report-memory",
+        action="store_true",
+        help="print what each rank holds: weights by component, resident, peak",
+    )
+    output.add_argument(
         "--traceback", action="store_true", help="show tracebacks of errors"
     )
     return xFuserArgs.add_cli_args(parser)
@@ -216,7 +222,11 @@ def _run(args: argparse.Namespace) -> int:
         if output is not None:
             stream = sys.stderr if args.json else sys.stdout
             session.save(output, args.output, args.reference, stream)
-        report = running.report(cls.__name__, input_config.num_inference_steps)
+        report = running.report(
+            cls.__name__,
+            input_config.num_inference_steps,
+            with_memory=args.report_memory,
+        )
         if running.rank == 0:
             print(json.dumps(asdict(report)) if args.json else report.lines())
     return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import sys
 import time
 import traceback
@@ -27,6 +26,7 @@ from xfuser_runtime.distributed import (
 from xfuser_runtime.distributed.collectives import all_reduce_max
 from xfuser_runtime.distributed.launch import fail_together, prepare_environment
 from xfuser_runtime.images import image_difference, save_output
+from xfuser_runtime.memory import RankMemory, memory_of_all_ranks, peak_bytes
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Report:
         load_seconds, run_seconds: loading the checkpoint; the pipeline call.
         step_seconds: the call by its number of steps, text encoding and VAE included.
         peak_bytes: memory allocated on the device, or the process's memory on CPU.
+        memory: of each rank, None unless asked for.
     """
 
     name: str
@@ -47,16 +48,18 @@ class Report:
     run_seconds: float
     step_seconds: float
     peak_bytes: int
+    memory: list[RankMemory] | None = None
 
     def lines(self) -> str:
         """The report for a reader."""
         ranks = f" on {self.world_size} ranks" if self.world_size > 1 else ""
-        return (
-            f"{self.name}: {self.layout}{ranks}\n"
+        lines = [
+            f"{self.name}: {self.layout}{ranks}",
             f"load {self.load_seconds:.2f} s, run {self.run_seconds:.2f} s "
             f"({self.step_seconds:.3f} s a step), "
-            f"peak memory {self.peak_bytes / 2**20:.0f} MiB a rank"
-        )
+            f"peak memory {self.peak_bytes / 2**20:.0f} MiB a rank",
+        ]
+        return "\n".join(lines + [held.line() for held in self.memory or []])
 
 
 def layout_name(config: EngineConfig) -> str:
@@ -102,8 +105,14 @@ class Session:
         self.run_seconds = self._now() - start
         return output
 
-    def report(self, name: str, num_steps: int) -> Report:
-        """What loading and the last call took; a collective call."""
+    def report(self, name: str, num_steps: int, *, with_memory: bool = False) -> Report:
+        """What loading and the last call took; a collective call.
+
+        Args:
+            name: of the pipeline.
+            num_steps: of the call.
+            with_memory: also what each rank holds.
+        """
         return Report(
             name=name,
             layout=layout_name(self.engine_config),
@@ -112,14 +121,15 @@ class Session:
             run_seconds=self.run_seconds,
             step_seconds=self.run_seconds / num_steps,
             peak_bytes=self._peak_bytes(),
+            memory=(
+                memory_of_all_ranks(self.pipeline, self.device) if with_memory else None
+            ),
         )
 
     def _peak_bytes(self) -> int:
-        if self.device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        value = torch.tensor(peak, dtype=torch.int64, device=self.device)
+        value = torch.tensor(
+            peak_bytes(self.device), dtype=torch.int64, device=self.device
+        )
         return int(all_reduce_max(value, get_world_group()))
 
     def _now(self) -> float:

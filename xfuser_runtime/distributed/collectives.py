@@ -159,6 +159,15 @@ def broadcast_object(value: Any, group: Group, source: int = 0) -> Any:
     return held[0]
 
 
+def gather_objects(value: Any, group: Group) -> list[Any]:
+    """The picklable values of all ranks of the group, in its order; for set-up."""
+    if group.world_size == 1:
+        return [value]
+    held: list[Any] = [None] * group.world_size
+    dist.all_gather_object(held, value, group=group.process_group)
+    return held
+
+
 class P2PChannel:
     """Point-to-point messages between the ranks of a group, in order for each pair.
 

@@ -33,6 +33,7 @@ from xfuser_runtime.pipelines import cfg, guiders
 from xfuser_runtime.pipelines.components import wrapped_transformers
 from xfuser_runtime.pipelines.data_parallel import enable_data_parallel
 from xfuser_runtime.pipelines.denoising_loop import DenoisingLoop
+from xfuser_runtime.pipelines.loading import own_components
 from xfuser_runtime.proofs import refuse_lacking, used_kinds
 from xfuser_runtime.randomness import same_randomness
 from xfuser_runtime.schedulers import wrap_scheduler
@@ -92,6 +93,14 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
             elif isinstance(component, SchedulerMixin):
                 setattr(pipeline, name, component)
         return pipeline
+
+    @classmethod
+    def _own_components(
+        cls, path: Any, engine_config: EngineConfig, options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Options of `from_pretrained` with what this rank holds in part; see
+        `loading.own_components`."""
+        return own_components(upstream_class(cls), path, engine_config, options)
 
     @classmethod
     def check_proven(cls, engine_config: EngineConfig) -> None:

@@ -36,6 +36,7 @@ from xfuser_runtime.transformers.adapters import takes_own_weights
 from xfuser_runtime.transformers.graphs import CallReplayer
 from xfuser_runtime.transformers.kernels import prepare_kernels
 from xfuser_runtime.transformers.latent_tokens import LatentTokens, loop_shape
+from xfuser_runtime.transformers.loading import plan_of_part
 from xfuser_runtime.transformers.outputs import (
     Template,
     first_tensor,
@@ -43,7 +44,12 @@ from xfuser_runtime.transformers.outputs import (
     template_of,
 )
 from xfuser_runtime.transformers.region import BlockRegion
-from xfuser_runtime.transformers.stages import EmptyBlock, StageLinks, StagePlan
+from xfuser_runtime.transformers.stages import (
+    StageLinks,
+    StagePlan,
+    drop_foreign_blocks,
+    plan_stages,
+)
 
 
 class xFuserModelBaseWrapper(xFuserBaseWrapper, metaclass=EqualsUpstream):
@@ -110,16 +116,21 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
                 f"a transformer of class {type(module).__name__}, expected "
                 f"{original.__name__}; port the pipeline that holds it"
             )
-        plan = StagePlan(
-            tuple((name, len(getattr(module, name))) for name in cls.block_loops),
-            parallel_state.get_pipeline_parallel_world_size(),
+        num_stages = parallel_state.get_pipeline_parallel_world_size()
+        plan = plan_of_part(module, num_stages) or plan_stages(
+            module, cls.block_loops, num_stages
         )
         swap_class(module, cls)
         module.__dict__[cls._state_name] = _Wrapping(plan)
         rebind_forward(module, original)
         module._wrap_submodules()
         if plan.num_stages > 1:
-            module._keep_own_blocks(plan)
+            drop_foreign_blocks(
+                module,
+                plan,
+                parallel_state.get_pipeline_parallel_rank(),
+                cls.block_parts,
+            )
         prepare_kernels(module, cls.block_loops)
         return module
 
@@ -140,15 +151,6 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
                     wrap_attention(child, queries, streams, whole, mask)
             elif type(child) in self.submodule_classes_to_wrap:
                 wrap_layer(child)
-
-    def _keep_own_blocks(self, plan: StagePlan) -> None:
-        stage = parallel_state.get_pipeline_parallel_rank()
-        for name, length in plan.loops:
-            blocks = getattr(self, name)
-            for index in range(length):
-                if plan.stage_of(name, index) != stage:
-                    parts = self.block_parts.get(f"{name}.{index}", ())
-                    blocks[index] = EmptyBlock(blocks[index], parts)
 
     def _forward_in_pass(
         self,

@@ -6,8 +6,10 @@ blocks), so foreign blocks are replaced by `EmptyBlock`s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,6 +17,11 @@ from torch import nn
 
 from xfuser_runtime.distributed.collectives import P2PChannel
 from xfuser_runtime.transformers.outputs import map_tensors
+
+#: A stage's blocks may weigh this much more than an even share. Where blocks differ, even weights
+#: and even work are two things: a block for two streams holds twice the weights of one for the
+#: joined stream and computes the same for each token. Within the bound the split follows the work.
+_SLACK = 1.1
 
 
 class EmptyBlock(nn.Module):
@@ -59,15 +66,17 @@ def _keep(target: nn.Module, source: nn.Module, names: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Blocks of all loops cut into contiguous stages of near equal size.
+    """Blocks of all loops cut into contiguous stages: as many blocks each as their weights allow.
 
     Attributes:
         loops: name and length of each block list, in the order in which they run.
         num_stages: number of pipeline stages.
+        weights: parameters of each block, in the order in which they run; empty for equal ones.
     """
 
     loops: tuple[tuple[str, int], ...]
     num_stages: int
+    weights: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_stages > self.num_blocks:
@@ -84,8 +93,8 @@ class StagePlan:
 
     def first_block(self, stage: int) -> int:
         """Global index of the first block of `stage`; the number of blocks past the end."""
-        share, rest = divmod(self.num_blocks, self.num_stages)
-        return stage * share + min(stage, rest)
+        weights = self.weights or (1,) * self.num_blocks
+        return _borders(weights, self.num_stages)[stage]
 
     def stage_of(self, loop: str, index: int) -> int:
         """The stage that runs block `index` of `loop`."""
@@ -113,6 +122,94 @@ class StagePlan:
         return end > self.first_block(stage) and (
             is_last or end <= self.first_block(stage + 1)
         )
+
+
+def plan_stages(model: nn.Module, loops: Iterable[str], num_stages: int) -> StagePlan:
+    """The stages of a model that holds all its blocks, on any device, meta included.
+
+    Args:
+        model: the transformer.
+        loops: attribute names of its block lists, in the order in which they run.
+        num_stages: number of pipeline stages.
+    """
+    blocks = {name: list(getattr(model, name)) for name in loops}
+    return StagePlan(
+        tuple((name, len(held)) for name, held in blocks.items()),
+        num_stages,
+        tuple(
+            sum(parameter.numel() for parameter in block.parameters())
+            for held in blocks.values()
+            for block in held
+        ),
+    )
+
+
+def drop_foreign_blocks(
+    model: nn.Module,
+    plan: StagePlan,
+    stage: int,
+    parts: Mapping[str, Sequence[str]] | None = None,
+) -> list[str]:
+    """Put an `EmptyBlock` for every block of another stage; the paths of these blocks.
+
+    Args:
+        model: the transformer.
+        plan: of its stages.
+        stage: the one that keeps its blocks.
+        parts: by a block's path, what is kept of it on every stage.
+    """
+    foreign = []
+    for name, length in plan.loops:
+        blocks = getattr(model, name)
+        for index in range(length):
+            if plan.stage_of(name, index) != stage:
+                foreign.append(f"{name}.{index}")
+                if not isinstance(blocks[index], EmptyBlock):
+                    kept = (parts or {}).get(foreign[-1], ())
+                    blocks[index] = EmptyBlock(blocks[index], kept)
+    return foreign
+
+
+@functools.cache
+def _borders(weights: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
+    """First block of every stage, and the number of blocks.
+
+    Of all cuts whose heaviest stage stays within the bound, the one with the most even numbers
+    of blocks; among equals the one whose early stages have more.
+    """
+    sums = (0, *accumulate(weights))
+    count = len(weights)
+    limit = max(
+        _lightest_bound(sums, num_stages), _SLACK * sums[-1] / max(num_stages, 1)
+    )
+    # cost[i], by stages so far: of the first i blocks; start[s][i]: where stage s then begins.
+    cost: list[float] = [0.0] + [float("inf")] * count
+    starts: list[list[int]] = []
+    for _ in range(num_stages):
+        found, start = [float("inf")] * (count + 1), [0] * (count + 1)
+        for end in range(1, count + 1):
+            for begin in range(end):
+                made = cost[begin] + (end - begin) ** 2
+                if sums[end] - sums[begin] <= limit and made <= found[end]:
+                    found[end], start[end] = made, begin
+        cost = found
+        starts.append(start)
+    borders = [count]
+    for start in reversed(starts):
+        borders.append(start[borders[-1]])
+    return tuple(reversed(borders))
+
+
+def _lightest_bound(sums: Sequence[int], num_stages: int) -> float:
+    """The weight of the heaviest stage in the cut where that is lightest."""
+    count = len(sums) - 1
+    best: list[float] = [0.0] + [float("inf")] * count
+    for _ in range(num_stages):
+        best = [float("inf")] + [
+            min(max(best[begin], sums[end] - sums[begin]) for begin in range(end))
+            for end in range(1, count + 1)
+        ]
+    return best[-1]
 
 
 @dataclass(frozen=True)
