@@ -42,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     on_gpu = torch.cuda.is_available() and not args.cpu
-    num_ranks = args.gpus
-    if on_gpu and num_ranks > torch.cuda.device_count():
+    most = max(args.gpus)
+    if on_gpu and most > torch.cuda.device_count():
         print(
-            f"error: --gpus {num_ranks} on {torch.cuda.device_count()} devices, expected no "
+            f"error: --gpus {most} on {torch.cuda.device_count()} devices, expected no "
             "more than there are; ask for fewer",
             file=sys.stderr,
         )
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Row(model, size, layout)
         for model in args.models
         for size in args.sizes
-        for layout in chosen_layouts(args, model, num_ranks, on_gpu)
+        for layout in chosen_layouts(args, model, on_gpu)
     ]
     server = ProcessServer(args.output, args.timeout)
     for number in range(args.rounds):
@@ -79,7 +79,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--models", type=_names, default=list(MODELS), help="comma-separated")
     add("--sizes", type=_numbers, default=[1024], help="pixels of each side")
     add(
-        "--gpus", type=int, default=2, help="ranks of the parallel layouts (default: 2)"
+        "--gpus",
+        type=_numbers,
+        default=[2],
+        help="ranks of the parallel layouts, comma-separated (default: 2)",
     )
     add("--steps", type=int, default=12, help="denoising steps of a timed call")
     add(
@@ -89,7 +92,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=1, help="turns through all layouts")
     add("--timeout", type=float, default=300, help="seconds for one layout")
     add("--only", default="", help="layouts whose name holds one of these, by comma")
-    add("--no_p2p", action="store_true", help="all again with NCCL_P2P_DISABLE=1")
+    add(
+        "--no_p2p",
+        "--no-p2p",
+        action="store_true",
+        help="all again with NCCL_P2P_DISABLE=1",
+    )
+    add(
+        "--other_size",
+        type=int,
+        help="pixels of a further call at the end: the cost of another shape",
+    )
     add(
         "--cpu",
         action="store_true",
@@ -103,20 +116,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_layouts(
-    args: argparse.Namespace, model: str, num_ranks: int, on_gpu: bool
-) -> list[Layout]:
+def chosen_layouts(args: argparse.Namespace, model: str, on_gpu: bool) -> list[Layout]:
     """The layouts of a model that the flags ask for; stock on one GPU always."""
     from benchmarks import engines
 
-    found = layouts_for(
-        MODELS[model],
-        num_ranks,
-        # Its device mesh needs GPUs.
-        has_context_parallel=on_gpu and engines.has_context_parallel(MODELS[model]),
-        has_xfuser=on_gpu and engines.has_xfuser(),
-        on_gpu=on_gpu,
-    )
+    found = [
+        layout
+        for num_ranks in dict.fromkeys([1, *args.gpus])
+        for layout in layouts_for(
+            MODELS[model],
+            num_ranks,
+            # Its device mesh needs GPUs.
+            has_context_parallel=on_gpu and engines.has_context_parallel(MODELS[model]),
+            has_xfuser=on_gpu and engines.has_xfuser(),
+            on_gpu=on_gpu,
+        )
+    ]
     if args.no_p2p:
         found += without_peer_access(found)
     words = [word for word in args.only.split(",") if word]
@@ -169,6 +184,7 @@ def _measure(
             generated=str(args.generated),
             result=folder / f"{stem}.json",
             latents=latents,
+            other_size=args.other_size,
         )
     )
     if outcome.result is None:
@@ -195,10 +211,12 @@ def _write(rows: list[Row], args: argparse.Namespace) -> None:
     about = machine()
     about["command"] = (
         f"python -m benchmarks.compare --models {','.join(args.models)} --sizes "
-        f"{','.join(map(str, args.sizes))} --gpus {args.gpus} --steps {args.steps} "
+        f"{','.join(map(str, args.sizes))} "
+        f"--gpus {','.join(map(str, args.gpus))} --steps {args.steps} "
         f"--repeats {args.repeats} --rounds {args.rounds}"
         + (f" --only {args.only}" if args.only else "")
         + (" --no_p2p" if args.no_p2p else "")
+        + (f" --other_size {args.other_size}" if args.other_size else "")
     )
     data = {"about": about, "rows": [asdict(row) for row in rows]}
     path = args.output / "results.json"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 from benchmarks.models import BenchmarkModel
@@ -51,14 +52,15 @@ def layouts_for(
     has_xfuser: bool,
     on_gpu: bool,
 ) -> list[Layout]:
-    """All layouts of a model on up to `num_ranks` GPUs; the one-GPU rows come first."""
+    """All layouts of a model on `num_ranks` GPUs."""
     variants = [False, True] if on_gpu else [False]
-    found = [Layout(STOCK, "one", compiled=compiled) for compiled in variants]
-    found += [
-        Layout(OURS, "one", compiled=compiled, graph=on_gpu) for compiled in variants
-    ]
     if num_ranks == 1:
-        return found
+        stock = [Layout(STOCK, "one", compiled=compiled) for compiled in variants]
+        return stock + [
+            Layout(OURS, "one", compiled=compiled, graph=on_gpu)
+            for compiled in variants
+        ]
+    found: list[Layout] = []
     if has_context_parallel:
         for mode in ("ulysses", "ring"):
             found += [
@@ -72,43 +74,58 @@ def layouts_for(
                 for compiled in variants
             ]
     for engine in (XDIT, OURS) if has_xfuser else (OURS,):
-        for mode, degrees in modes(model, num_ranks):
+        for mode, degrees in modes(model, num_ranks, tiny=not on_gpu):
+            staged = "pipefusion" in mode
             for compiled in variants:
-                if compiled and mode.startswith("pipefusion"):
+                if compiled and staged and engine == XDIT:
                     continue
-                graph = on_gpu and engine == OURS and not mode.startswith("pipefusion")
+                graph = on_gpu and engine == OURS and not staged
                 found.append(
                     Layout(engine, mode, num_ranks, degrees, compiled, graph=graph)
                 )
     return found
 
 
-def modes(model: BenchmarkModel, num_ranks: int) -> list[tuple[str, dict[str, Any]]]:
-    """Legal ways to use all ranks for one image, by xDiT's field names."""
-    found: list[tuple[str, dict[str, Any]]] = []
-    rest = num_ranks
-    guidance: dict[str, Any] = {}
-    prefix = ""
-    if model.guided and num_ranks % 2 == 0:
-        guidance, prefix, rest = {"use_cfg_parallel": True}, "cfg2", num_ranks // 2
-    if rest == 1 and guidance:
-        found.append((prefix, guidance))
-    splits = [({}, "", num_ranks)]
-    if guidance and rest > 1:
-        splits.append((guidance, f"{prefix} ", rest))
-    for base, start, degree in splits:
-        found += [
-            (f"{start}ulysses{degree}", {**base, "ulysses_degree": degree}),
-            (f"{start}ring{degree}", {**base, "ring_degree": degree}),
-            (
-                f"{start}pipefusion{degree}",
-                {**base, "pipefusion_parallel_degree": degree},
-            ),
-        ]
-        if degree >= 4 and degree % 2 == 0:
-            half = {"ulysses_degree": 2, "ring_degree": degree // 2}
-            found.append((f"{start}ulysses2 ring{degree // 2}", {**base, **half}))
-    return found
+def modes(
+    model: BenchmarkModel, num_ranks: int, *, tiny: bool = False
+) -> list[tuple[str, dict[str, Any]]]:
+    """Every legal way to use all ranks for one image, by xDiT's field names.
+
+    Guidance splits in two where the model sees both branches, a stage needs a block.
+    """
+    found: list[tuple[int, str, dict[str, Any]]] = []
+    for guidance in (2, 1) if model.guided else (1,):
+        if num_ranks % guidance:
+            continue
+        rest = num_ranks // guidance
+        for stages, ulysses in product(_divisors(rest), _divisors(rest)):
+            if rest % (stages * ulysses) or stages > model.num_blocks(tiny=tiny):
+                continue
+            degrees = {
+                "pipefusion": stages,
+                "ulysses": ulysses,
+                "ring": rest // (stages * ulysses),
+            }
+            used = {name: n for name, n in degrees.items() if n > 1}
+            words = ["cfg2"] if guidance == 2 else []
+            words += [f"{name}{n}" for name, n in used.items()]
+            fields: dict[str, Any] = {"use_cfg_parallel": True} if guidance == 2 else {}
+            fields |= {f"{_FIELDS[name]}_degree": n for name, n in used.items()}
+            found.append((len(words), " ".join(words), fields))
+    # Plain modes first, as they come.
+    return [(mode, fields) for _, mode, fields in sorted(found, key=lambda x: x[0])]
+
+
+#: xDiT's names of the degrees.
+_FIELDS = {
+    "pipefusion": "pipefusion_parallel",
+    "ulysses": "ulysses",
+    "ring": "ring",
+}
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
 
 
 def without_peer_access(layouts: list[Layout]) -> list[Layout]:

@@ -35,6 +35,7 @@ class BenchmarkModel:
         arguments: further keyword arguments of the call.
         guided: the transformer sees both branches of guidance.
         components: components that the pipeline names beside transformer and scheduler.
+        blocks: transformer blocks at real size, at tiny size.
     """
 
     name: str
@@ -48,6 +49,11 @@ class BenchmarkModel:
     masks: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     guided: bool = False
+    blocks: tuple[int, int] = (0, 4)
+
+    def num_blocks(self, *, tiny: bool) -> int:
+        """Transformer blocks, the most stages that there can be."""
+        return self.blocks[tiny]
 
     def transformer_config(self, *, tiny: bool) -> dict[str, Any]:
         """The whole config at real or tiny size."""
@@ -78,6 +84,7 @@ _FLUX = BenchmarkModel(
     },
     components=("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"),
     arguments={"guidance_scale": 3.5},
+    blocks=(57, 4),
 )
 
 _SD3 = BenchmarkModel(
@@ -118,6 +125,7 @@ _SD3 = BenchmarkModel(
         "tokenizer_3",
     ),
     arguments={"guidance_scale": 7.0},
+    blocks=(24, 4),
     guided=True,
 )
 
@@ -150,6 +158,7 @@ _PIXART = BenchmarkModel(
         "negative_prompt": None,
     },
     guided=True,
+    blocks=(28, 4),
 )
 
 MODELS: dict[str, BenchmarkModel] = {m.name: m for m in (_FLUX, _SD3, _PIXART)}

@@ -10,8 +10,8 @@ from benchmarks.results import Row, best_peer, best_single, is_slower
 
 _HEADER = (
     "| layout | ms a step | of one GPU | of the best peer | whole call, ms a step "
-    "| first call, s | peak GiB | difference |\n"
-    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    "| first call, s | another size, s | peak GiB | difference |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
 )
 
 
@@ -35,6 +35,8 @@ def markdown(rows: list[Row], about: Mapping[str, str]) -> str:
         f"`{about['command']}`" if "command" in about else "",
         "Milliseconds a step: median of the differences between long and short calls. "
         "`of one GPU`: best stock diffusers on one GPU (eager or compiled) over this row. "
+        "`of the best peer`: other engines on as many GPUs. `another size`: what the first call of "
+        "another shape takes longer. "
         "`difference`: relative L2 of the final latents to stock diffusers on one GPU, compiled "
         "rows to compiled.",
     ]
@@ -46,12 +48,12 @@ def markdown(rows: list[Row], about: Mapping[str, str]) -> str:
 
 def table(rows: list[Row]) -> str:
     """The table of one model at one size; rows slower than one GPU say so."""
-    single, peer = best_single(rows), best_peer(rows)
+    single = best_single(rows)
     lines = [_HEADER]
     for row in rows:
         if row.median_ms is None:
             lines.append(
-                f"| {row.layout.name} | {row.error or 'not run'} | | | | | | |"
+                f"| {row.layout.name} | {row.error or 'not run'} | | | | | | | |"
             )
             continue
         call = sorted(row.call_ms)[len(row.call_ms) // 2]
@@ -60,9 +62,10 @@ def table(rows: list[Row]) -> str:
             + (" **(slower than one GPU)**" if is_slower(row, rows) else ""),
             f"{row.median_ms:.1f}",
             _ratio(single, row.median_ms),
-            _ratio(peer, row.median_ms),
+            _ratio(_peer_of(row, rows), row.median_ms),
             f"{call:.1f}",
             "" if row.first_call_s is None else f"{row.first_call_s:.1f}",
+            "" if row.reshape_s is None else f"{row.reshape_s:.1f}",
             f"{row.peak_gib:.1f}" if row.peak_gib else "",
             "" if row.difference is None else f"{row.difference:.1e}",
         ]
@@ -94,6 +97,15 @@ def plot(rows: Iterable[Row], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
+
+
+def _peer_of(row: Row, rows: list[Row]) -> float | None:
+    """The best peer on as many GPUs; a row of one GPU has that of the fewest."""
+    if row.layout.num_ranks > 1:
+        return best_peer(rows, like=row)
+    peers = [r for r in rows if r.layout.num_ranks > 1 and not r.layout.environment]
+    fewest = min(peers, key=lambda r: r.layout.num_ranks, default=None)
+    return None if fewest is None else best_peer(rows, like=fewest)
 
 
 def _ratio(reference: float | None, value: float) -> str:

@@ -19,6 +19,7 @@ class Row:
         step_ms: a step's milliseconds, one figure for each pair of timed calls.
         call_ms: milliseconds of whole calls by their number of steps.
         first_call_s: the first call, compilation and capture included.
+        reshape_s: the first call of another size, less the second one.
         peak_gib: most memory allocated on any rank.
         difference: relative L2 to the latents of one GPU.
         notes: what the runtime has to say about captures.
@@ -31,6 +32,7 @@ class Row:
     step_ms: list[float] = field(default_factory=list)
     call_ms: list[float] = field(default_factory=list)
     first_call_s: float | None = None
+    reshape_s: float | None = None
     peak_gib: float | None = None
     difference: float | None = None
     notes: list[str] = field(default_factory=list)
@@ -64,6 +66,9 @@ def add_round(row: Row, outcome: Outcome, extra_steps: int, steps: int) -> None:
         row.step_ms.append((long - short) / extra_steps * 1e3)
         row.call_ms.append(long / steps * 1e3)
     row.first_call_s = result["first_call_s"]
+    if result.get("other_size_s"):
+        first, second = result["other_size_s"]
+        row.reshape_s = first - second
     row.peak_gib = result["peak_bytes"] / 2**30
     row.notes = list(result.get("not_captured", []))
     row.details.append({**result, "process_s": outcome.seconds})
@@ -103,13 +108,26 @@ def is_slower(row: Row, rows: Iterable[Row], tolerance: float = 1.02) -> bool:
     )
 
 
-def best_peer(rows: Iterable[Row], *, compiled: bool | None = None) -> float | None:
-    """The best layout of several GPUs that is not ours; of eager ones with `compiled=False`."""
+def best_peer(
+    rows: Iterable[Row], *, compiled: bool | None = None, like: Row | None = None
+) -> float | None:
+    """The best layout of several GPUs that is not ours.
+
+    Args:
+        rows: of one model and size.
+        compiled: with or without compiled blocks, None for either.
+        like: a row with as many GPUs and the same access between them, None for any.
+    """
     return _best(
         r
         for r in rows
         if r.layout.engine not in (OURS, STOCK)
         and (compiled is None or r.layout.compiled == compiled)
+        and (
+            like is None
+            or (r.layout.num_ranks, r.layout.environment)
+            == (like.layout.num_ranks, like.layout.environment)
+        )
     )
 
 

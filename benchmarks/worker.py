@@ -36,6 +36,7 @@ class Job:
         generated: folder of our ports.
         result: file for the result of the last rank.
         latents: file for its latents.
+        other_size: pixels of two further calls at the end, None for none.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Job:
     generated: str
     result: Path
     latents: Path
+    other_size: int | None = None
 
 
 def run_rank(job: Job, rank: int, port: int, log: Path) -> None:
@@ -99,10 +101,8 @@ def _measure(job: Job, rank: int) -> dict[str, Any]:
     )
     transformer = stock.transformer
 
-    def call(steps: int) -> torch.Tensor | None:
-        arguments = call_arguments(
-            model, stock, size=job.size, steps=steps, tiny=job.tiny
-        )
+    def call(steps: int, size: int = job.size) -> torch.Tensor | None:
+        arguments = call_arguments(model, stock, size=size, steps=steps, tiny=job.tiny)
         with torch.no_grad():
             output = pipeline(**arguments)
         return None if output is None else output[0]
@@ -121,12 +121,18 @@ def _measure(job: Job, rank: int) -> dict[str, Any]:
     if latents is not None:
         torch.save(latents.float().cpu(), job.latents)
     peak = _peak_of_all_ranks(device)
+    other = [
+        clock.time(lambda size=size: call(job.short_steps, size))[0]
+        for size in [job.other_size] * 2
+        if size is not None
+    ]
     return {
         "first_call_s": first,
         "second_call_s": second,
         "short_calls_s": short,
         "long_calls_s": long,
         "peak_bytes": peak,
+        "other_size_s": other,
         **_replays(transformer),
     }
 

@@ -10,7 +10,14 @@ import torch
 
 from benchmarks import report
 from benchmarks.compare import main, relative_difference
-from benchmarks.layouts import CONTEXT_PARALLEL, OURS, STOCK, Layout, layouts_for
+from benchmarks.layouts import (
+    CONTEXT_PARALLEL,
+    OURS,
+    STOCK,
+    Layout,
+    layouts_for,
+    modes,
+)
 from benchmarks.models import MODELS, build_pipeline, draw_weights
 from benchmarks.results import Row, best_peer, best_single, is_fine, is_slower
 
@@ -42,12 +49,54 @@ def test_a_run_on_cpu(tmp_path: Path) -> None:
     ]
     assert main([*arguments, *folders]) == 0
     data = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
-    modes = {(r["layout"]["engine"], r["layout"]["mode"]) for r in data["rows"]}
+    found = {(r["layout"]["engine"], r["layout"]["mode"]) for r in data["rows"]}
     names = ("one", "cfg2", "ulysses2", "ring2", "pipefusion2")
-    assert modes == {(STOCK, "one"), *((OURS, name) for name in names)}
+    assert found == {(STOCK, "one"), *((OURS, name) for name in names)}
     assert all(r["error"] is None and r["step_ms"] for r in data["rows"])
     text = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "| diffusers one |" in text and "| porter ulysses2 " in text
+
+
+def test_more_ranks_and_no_peer_access(tmp_path: Path) -> None:
+    """Two numbers of ranks in one table, products of modes, and the cost of another size."""
+    only = "cfg2 ulysses2,pipefusion2 ulysses2,ulysses2 ring2"
+    arguments = ["--models", "pixart", "--sizes", "128", "--gpus", "2,4", "--cpu"]
+    arguments += ["--steps", "3", "--repeats", "1", "--gate", "1e-4", "--no-p2p"]
+    arguments += ["--only", only, "--other_size", "192", "--timeout", "100"]
+    folders = ["--generated", str(tmp_path / "ports"), "--output", str(tmp_path)]
+    assert main([*arguments, *folders]) == 0
+    rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
+    found = [(r["layout"]["mode"], bool(r["layout"]["environment"])) for r in rows]
+    names = ["cfg2 ulysses2", "ulysses2 ring2", "pipefusion2 ulysses2"]
+    expected = [(name, access) for access in (False, True) for name in names]
+    assert found == [("one", False), *expected]
+    assert all(r["error"] is None and r["reshape_s"] is not None for r in rows)
+    text = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "| porter cfg2 ulysses2 no-p2p " in text and "--gpus 2,4" in text
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_every_legal_layout_is_there_once(name: str, num_ranks: int) -> None:
+    found = [degrees for _, degrees in modes(MODELS[name], num_ranks)]
+    assert len({tuple(sorted(degrees.items())) for degrees in found}) == len(found)
+    # Ordered ways to write the ranks as a product of three degrees, with guidance or without.
+    parts = {1: 1, 2: 3, 4: 6, 8: 10}
+    ways = parts[num_ranks] + (parts[num_ranks // 2] if MODELS[name].guided else 0)
+    assert len(found) == ways
+
+
+def test_a_stage_needs_a_block() -> None:
+    tiny = [mode for mode, _ in modes(MODELS["flux"], 8, tiny=True)]
+    assert "pipefusion8" not in tiny and "pipefusion4 ulysses2" in tiny
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_blocks_are_counted_as_they_are(name: str) -> None:
+    pipeline = build_pipeline(MODELS[name], torch.device("cpu"), tiny=True)
+    lists = ("transformer_blocks", "single_transformer_blocks")
+    blocks = sum(len(getattr(pipeline.transformer, held, [])) for held in lists)
+    assert blocks == MODELS[name].num_blocks(tiny=True)
 
 
 def test_the_best_of_each_side() -> None:
@@ -62,6 +111,10 @@ def test_the_best_of_each_side() -> None:
     ]
     assert best_single(rows) == 140
     assert best_peer(rows) == 100 and best_peer(rows, compiled=False) == 170
+    assert best_peer(rows, like=rows[4]) == 100
+    more = row(OURS, "ulysses4", 50)
+    more.layout = Layout(OURS, "ulysses4", 4)
+    assert best_peer(rows, like=more) is None
     assert [is_slower(r, rows) for r in rows[4:]] == [False, False, True]
     table = report.table(rows)
     assert "| porter ulysses2 compiled | 80.0 | 1.75x | 1.25x |" in table
@@ -93,13 +146,14 @@ def test_every_layout_uses_all_ranks(name: str) -> None:
     found = layouts_for(
         MODELS[name], 4, has_context_parallel=True, has_xfuser=True, on_gpu=True
     )
+    assert found
     assert len({layout.name for layout in found}) == len(found)
     for layout in found:
         degrees = dict(layout.degrees)
         product = 2 if degrees.pop("use_cfg_parallel", False) else 1
         for degree in degrees.values():
             product *= degree
-        assert product == layout.num_ranks in (1, 4)
+        assert product == layout.num_ranks == 4
 
 
 def test_weights_follow_names() -> None:
