@@ -42,11 +42,12 @@ def pictures(pipeline: Any, height: int, width: int, batch_size: int) -> dict[st
         A picture, or a list of them, by argument.  Every one differs from the others.
     """
     found: dict[str, Any] = {}
-    own = table.PICTURES_OF_ONE_PROMPT
-    count = own.get(type(pipeline).__name__, batch_size)
+    # A port answers for the class that it was made from.
+    pipeline_class = pipeline.__class__
+    count = table.PICTURES_OF_ONE_PROMPT.get(pipeline_class.__name__, batch_size)
     vae = getattr(pipeline, "vae", None)
     with_alpha = vae is not None and vae.config.get("input_channels") == 4
-    for number, (name, depth) in enumerate(_arguments(type(pipeline)).items()):
+    for number, (name, depth) in enumerate(_arguments(pipeline_class).items()):
         numbers = [10 * number + row for row in range(count)]
         if "mask" in name:
             made = [mask(height, width, each) for each in numbers]
