@@ -57,14 +57,15 @@ def memory_of_all_ranks(pipeline: Any, device: torch.device) -> list[RankMemory]
         if isinstance(component, nn.Module)
     }
     group = get_world_group()
-    resident, peak = _resident(device), peak_bytes(device)
+    resident = _resident(device)
     own = RankMemory(
         rank=group.rank_in_group,
         stage=get_pipeline_parallel_rank(),
         weights={name: bytes_of(module) for name, module in modules.items()},
         blocks=sum(bytes_of_blocks(module) for module in modules.values()),
         resident=resident,
-        peak=peak,
+        # The system counts a process's peak now and then only.
+        peak=max(resident, peak_bytes(device)),
     )
     found: list[RankMemory] = gather_objects(own, group)
     return found

@@ -54,7 +54,7 @@ def test_a_run_on_cpu(tmp_path: Path) -> None:
     assert found == {(STOCK, "one"), *((OURS, name) for name in names)}
     assert all(r["error"] is None and r["step_ms"] for r in data["rows"])
     text = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
-    assert "| diffusers one |" in text and "| porter ulysses2 " in text
+    assert "| diffusers one " in text and "| porter ulysses2 " in text
 
 
 def test_more_ranks_and_no_peer_access(tmp_path: Path) -> None:
