@@ -60,6 +60,7 @@ class LoopFacts:
         filled: lists of token tensors that the body fills, empty before the loop.
         after: token axes of what the body makes and code after the loop reads.
         counts: integers of the body that count the tokens of streams.
+        classes: names of the blocks' classes; others were not measured.
     """
 
     blocks: str
@@ -72,6 +73,7 @@ class LoopFacts:
     filled: tuple[str, ...] = ()
     after: Mapping[str, tuple[TokenAxis, ...]] = dataclasses.field(default_factory=dict)
     counts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    classes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +159,7 @@ def _loop(data: Mapping[str, Any]) -> LoopFacts:
         filled=tuple(data.get("filled", ())),
         after=_axes(data.get("after", {})),
         counts=_tuples(data.get("counts", {})),
+        classes=tuple(data.get("classes", ())),
     )
 
 

@@ -100,6 +100,7 @@ def _loop(first: LoopFacts, second: LoopFacts, class_name: str) -> LoopFacts:
             for name in dict.fromkeys((*first.values, *second.values))
         },
         filled=tuple(sorted({*first.filled, *second.filled})),
+        classes=tuple(sorted({*first.classes, *second.classes})),
         after={**second.after, **first.after},
         counts=_joined(first.counts, second.counts, "counts", class_name),
     )

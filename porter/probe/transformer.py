@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import libcst as cst
 from torch import nn
@@ -71,7 +72,8 @@ def probe_transformer(
                 measured.facts, measured.keys, samples, integers
             )
             mixing.append((loop.blocks, remedies, counts))
-            facts.append(measured.facts)
+            kinds = {type(block).__name__ for block in getattr(model, loop.blocks)}
+            facts.append(replace(measured.facts, classes=tuple(sorted(kinds))))
             attention.update(measured.attention)
             queries.update(measured.queries)
             processors.update(dict.fromkeys(measured.processors))

@@ -51,7 +51,7 @@ def test_rows_of_the_latents(
 ) -> None:
     probe = _probe(name, torch.randn(shape))
     assert probe.rows("blocks", stream, 1) == rows
-    assert LatentTokens.of("x", dict(rows), shape).count == place
+    assert LatentTokens.of("x", dict(rows), shape, shape).count == place
 
 
 def test_tokens_that_share_latents_have_no_rows() -> None:
@@ -72,26 +72,26 @@ def test_another_stream_holds_no_latents() -> None:
 
 def test_latents_without_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="no token stream that follows the rows"):
-        LatentTokens.of("x", {}, (1, 3, 5, 4, 6))
+        LatentTokens.of("x", {}, (1, 3, 5, 4, 6), (1, 3, 5, 4, 6))
     with pytest.raises(ValueError, match="no token stream that follows the rows"):
-        LatentTokens.of(None, {2: 1}, (1, 3, 5, 4, 6))
+        LatentTokens.of(None, {2: 1}, (1, 3, 5, 4, 6), (1, 3, 5, 4, 6))
     with pytest.raises(ValueError, match="expected tokens of {3: 2} elements"):
-        LatentTokens.of("x", {3: 2}, (1, 3, 5, 5, 6))
-    held = LatentTokens.of("x", {2: 1}, (1, 3, 7))
+        LatentTokens.of("x", {3: 2}, (1, 3, 5, 5, 6), (1, 3, 5, 5, 6))
+    held = LatentTokens.of("x", {2: 1}, (1, 3, 7), (1, 3, 7))
     with pytest.raises(ValueError, match="9 tokens for latents of shape"):
-        held.tokens_of_a_row({"x": 9}, "x")
+        held.segments({"x": 9}, "x", None)
 
 
 def test_context_is_a_segment_of_its_own() -> None:
-    held = LatentTokens.of("x", {2: 1}, (1, 3, 7))
-    cut, parts = held.without_context({"x": 9}, "x", "before")
+    held = LatentTokens.of("x", {2: 1}, (1, 3, 7), (1, 3, 7))
+    cut, parts = held.segments({"x": 9}, "x", "before")
     assert cut == {"x": 7, "x.context": 2}
     assert parts == {"x": ("x.context", "x")}
-    assert held.tokens_of_a_row(cut, "x") == 1
+    assert held.tokens_of_a_row == 1
 
 
 def test_a_single_frame_is_cut_into_its_rows() -> None:
     rows = {2: 1, 3: 2, 4: 2}
-    assert LatentTokens.of("x", rows, (1, 3, 5, 4, 6)).dim == 2
-    one = LatentTokens.of("x", rows, (1, 3, 1, 4, 6))
-    assert (one.dim, one.extent, one.tokens_of_a_row({"x": 6}, "x")) == (3, 4, 3)
+    assert LatentTokens.of("x", rows, (1, 3, 5, 4, 6), (1, 3, 5, 4, 6)).dim == 2
+    one = LatentTokens.of("x", rows, (1, 3, 1, 4, 6), (1, 3, 1, 4, 6))
+    assert (one.dim, one.extent, one.tokens_of_a_row) == (3, 4, 3)

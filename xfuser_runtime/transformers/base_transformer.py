@@ -8,7 +8,7 @@ of the block loops, placeholders of the stages that do not compute a value.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -45,6 +45,7 @@ from xfuser_runtime.transformers.outputs import (
 )
 from xfuser_runtime.transformers.region import BlockRegion
 from xfuser_runtime.transformers.stages import (
+    EmptyBlock,
     StageLinks,
     StagePlan,
     drop_foreign_blocks,
@@ -74,6 +75,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         row_layers: convolutions over the rows of the image inside the blocks, by path: the
             stream that holds the image.
         gathered_modules: modules inside the blocks that mix tokens, by path.
+        block_classes: by block list, the names of the classes that were measured.
         block_parts: by a block's path, what code outside of the loops reads of it; every
             stage keeps it.
     """
@@ -87,6 +89,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
     outer_masks: ClassVar[Mapping[str, str]] = {}
     row_layers: ClassVar[Mapping[str, str]] = {}
     gathered_modules: ClassVar[Mapping[str, GatheredModule]] = {}
+    block_classes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     block_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     _state_name: ClassVar[str] = "_xfuser_wrapping"
@@ -105,8 +108,9 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         State-dict keys, LoRA layers, hooks and device placement stay as they are.
 
         Raises:
-            ValueError: when there are more pipeline stages than blocks, or a forward hook
-                would go on calling the upstream forward.
+            ValueError: when there are more pipeline stages than blocks, a forward hook
+                would go on calling the upstream forward, or the configuration made blocks
+                of a class that porter has not measured.
         """
         if isinstance(module, cls) and cls._state_name in vars(module):
             return module
@@ -116,6 +120,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
                 f"a transformer of class {type(module).__name__}, expected "
                 f"{original.__name__}; port the pipeline that holds it"
             )
+        _check_blocks(module, cls.block_classes)
         num_stages = parallel_state.get_pipeline_parallel_world_size()
         plan = plan_of_part(module, num_stages) or plan_stages(
             module, cls.block_loops, num_stages
@@ -331,6 +336,22 @@ def _grain(length: int, row_counts: Mapping[str, int] | None, stream: str) -> in
     if row_counts is None or stream not in row_counts:
         return 1
     return length // row_counts[stream]
+
+
+def _check_blocks(module: nn.Module, classes: Mapping[str, Sequence[str]]) -> None:
+    """Refuse blocks of a class that porter has not seen: they may mix tokens otherwise.
+
+    Raises:
+        ValueError: names the class.
+    """
+    for name, known in classes.items():
+        for block in getattr(module, name):
+            found = block.__class__.__name__
+            if not isinstance(block, EmptyBlock) and found not in known:
+                raise ValueError(
+                    f"a {found} in {name}, expected {' or '.join(known)}: the port was "
+                    "measured on a configuration that makes these; run without parallel modes"
+                )
 
 
 class _Wrapping:

@@ -49,6 +49,9 @@ class InitSubmodules(Rule[Forward]):
             text += f"outer_masks = {dict(measured.mixing.outer_masks)!r}\n"
         if measured.mixing.row_layers:
             text += f"row_layers = {dict(measured.mixing.row_layers)!r}\n"
+        kinds = {loop.blocks: loop.classes for loop in measured.loops if loop.classes}
+        if kinds:
+            text += f"block_classes = {kinds!r}\n"
         if facts.block_parts:
             text += f"block_parts = {facts.block_parts!r}\n"
         start, _ = excerpt(module, facts.method)
