@@ -182,7 +182,8 @@ class ParsedModule:
         below: cst.CSTNode = statement
         for above in self.ancestors(statement):
             if isinstance(above, cst.IndentedBlock) and below in above.body:
-                found += above.body[list(above.body).index(below) + 1 :]
+                parts: list[Any] = list(above.body)
+                found += parts[parts.index(below) + 1 :]
             if above is root:
                 break
             below = above

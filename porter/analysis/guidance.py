@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import libcst as cst
 
+from porter.analysis.jumps import statements
 from porter.analysis.pipeline_modes import doubled_calls
-from porter.analysis.pipeline_source import PipelineSource, statements
+from porter.analysis.pipeline_source import PipelineSource
 from porter.parsed import dotted, find
 
 _FLAGS = ("do_classifier_free_guidance", "self.do_classifier_free_guidance")
@@ -156,8 +157,8 @@ def _harmless(source: PipelineSource, node: cst.Name) -> bool:
         if dotted(call.func) in source.denoisers:
             # Further calls on one branch alone get what upstream gives them.
             loop = source.denoising
-            cut = [each.call for each in doubled_calls(source.module, loop)]
-            return call in cut
+            doubled = doubled_calls(source.module, loop) if loop else ()
+            return call in [each.call for each in doubled]
         return dotted(call.func).endswith(".pop") and _rebinds(source, call, node.value)
     if isinstance(above, cst.AssignTarget):
         assign = source.module.parent(above)

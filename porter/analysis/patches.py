@@ -57,7 +57,8 @@ def cross_row_formulas(
                 if isinstance(statement, cst.SimpleStatementLine):
                     found.setdefault(statement, CrossRowFormula(statement, name))
     lines = [line for part in loop.body for line in _simple(part)]
-    for statement in list(found):
+    for formula in list(found.values()):
+        statement = formula.statement
         readers = {
             line for line in lines if reads(module, line) & writes(module, statement)
         }

@@ -78,7 +78,7 @@ def _after(
     below = statement
     for above in module.ancestors(statement):
         if isinstance(above, cst.IndentedBlock):
-            parts = list(above.body)
+            parts: list[cst.CSTNode] = list(above.body)
             found += parts[parts.index(below) + 1 :]
         if above is loop.loop:
             break

@@ -204,7 +204,8 @@ def _dissect(
     jumps: list[cst.Continue | cst.Break] = []
     for jump in (*find(loop.body, cst.Continue), *find(loop.body, cst.Break)):
         inside_check = interrupt is not None and interrupt in module.ancestors(jump)
-        if not inside_check and _innermost_loop(module, jump) is loop:
+        mine = not inside_check and _innermost_loop(module, jump) is loop
+        if mine and isinstance(jump, cst.Continue | cst.Break):
             jumps.append(jump)
     kinds = sorted_jumps(module, jumps, inside, body[cut:], latents)
     frame: Statement = loop

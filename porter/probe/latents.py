@@ -109,6 +109,8 @@ class LatentProbe:
     ) -> None:
         self._model, self._source, self._forward = model, source, forward
         self._loops, self._arguments = loops, call.arguments
+        self._path: str
+        self._latents: torch.Tensor | None
         self._path, self._latents = next(
             (
                 (path, leaf)

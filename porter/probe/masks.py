@@ -49,8 +49,7 @@ def mask_form(
         raise Unlike
     vector = torch.diagonal(whole, dim1=-2, dim2=-1)
     for name, outer in OUTER_FORMS.items():
-        if (name == "and") == (whole.dtype == torch.bool) and same(
-            outer(vector), whole
-        ):
+        made: torch.Tensor = outer(vector)  # type: ignore[no-untyped-call]
+        if (name == "and") == (whole.dtype == torch.bool) and same(made, whole):
             return name
     raise Unlike

@@ -88,7 +88,7 @@ def _own_size(pipeline: Any, number: int) -> Iterator[None]:
     model = getattr(pipeline, "transformer", None)
     own = model.config.get("sample_size") if model is not None else None
     names = inspect.signature(type(pipeline).__call__).parameters
-    if "height" in names or not isinstance(own, int):
+    if model is None or "height" in names or not isinstance(own, int):
         yield
         return
     step = model.config.get("patch_size") or 1

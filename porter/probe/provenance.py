@@ -171,9 +171,9 @@ class KeyOrigins:
         known = [origin for origin in complete if origin is not None]
         if len(known) == len(complete):
             return tuple(known)
-        touched = {leaf for row in rows for leaf, _ in row}
+        leaves = {leaf for row in rows for leaf, _ in row}
         # Part of a context of one length, which the loop neither carries nor cuts.
-        return () if touched and not touched & self._axes.keys() else None
+        return () if leaves and not leaves & self._axes.keys() else None
 
     def _touched(
         self, value: torch.Tensor, row: int

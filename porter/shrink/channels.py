@@ -62,13 +62,14 @@ def agreed_channels(
         changes: entries that the backbone gets in any case.
     """
     packed = 4 if hasattr(pipeline_class, "_pack_latents") else 1
-    channels = changes.get("in_channels") or backbone.get("in_channels")
+    channels: int | None = changes.get("in_channels") or backbone.get("in_channels")
     function = latents_of(pipeline_class)
     if channels is None:
         return Channels(None, {})
     if function and function(channels) == channels:
         packed = 1  # as many as the backbone takes: what is packed is no square of them
     entries: dict[str, int] = {}
+    latents: int | None
     is_free = "block_out_channels" in vae and vae["latent_channels"] == 4
     if is_free:
         # Its default is not meant for this backbone.
@@ -76,8 +77,9 @@ def agreed_channels(
     else:
         latents = vae.get("latent_channels") or vae.get("z_dim")
         needed = _inverse(function, latents) if function and latents else None
-        if needed and needed != channels and "in_channels" not in changes:
-            channels = entries["in_channels"] = needed
+        if needed is not None and "in_channels" not in changes and needed != channels:
+            entries["in_channels"] = int(needed)
+            channels = int(needed)
     more = function and latents and channels != packed * latents
     if more and "out_channels" in backbone and "out_channels" not in changes:
         # The backbone gets more than the latents, and gives back no more than them.

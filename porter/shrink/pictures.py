@@ -90,7 +90,7 @@ def _depth(hint: Any) -> int:
 
 def picture(height: int, width: int, number: int) -> Image.Image:
     """Slanted stripes, with another slant and another start in each colour."""
-    places = np.stack(np.indices((height, width)), axis=-1)
+    places = np.moveaxis(np.indices((height, width)), 0, -1)
     stripes = places @ WEIGHTS.T + 40 * number
     return Image.fromarray((stripes % 256).astype(np.uint8), "RGB")
 

@@ -15,6 +15,9 @@ from porter.errors import InternalError
 from porter.generate import Plan, plan_all
 from porter.tasks import pipeline_tasks
 
+# The first test ports all of them.
+pytestmark = pytest.mark.timeout(1200)
+
 TASK = "text-to-image"
 NAMES = sorted(name for name, task in pipeline_tasks().items() if task == TASK)
 
