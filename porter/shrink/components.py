@@ -148,7 +148,10 @@ class Components:
             config = sizes.backbone_config(cls, self.blocks)
             if name == "transformer":
                 config |= channels.backbone
-        model = cls(**{**config, **changes})
+        known = sizes.defaults(cls).keys()
+        entries = {**config, **changes}
+        model = cls(**{n: v for n, v in entries.items() if n in known})
+        model.register_to_config(**{n: v for n, v in changes.items() if n not in known})
         enliven(model, self.seed)
         return model.eval()
 

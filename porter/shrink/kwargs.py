@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -100,15 +101,20 @@ def call_kwargs(
     sizes = image_sizes(pipeline)
     first = sizes[0]
     size = (height or first[0], width or first[1])
-    own = table_moving.CALLS_OF.get(type(pipeline).__name__, {})
+    class_name = type(pipeline).__name__
+    calls = table.CALLS_OF | table_moving.CALLS_OF
+    own = calls.get(class_name, {})
     number = sizes.index(size) if size in sizes else 0
     frames = own.get("num_frames") or frame_count(pipeline, number)
     duration = seconds(pipeline, math.prod(TOKEN_ROWS[number]))
     texts = PROMPTS[text]
-    one = type(pipeline).__name__ in table.ONE_PROMPT | table_moving.ONE_PROMPT
+    one = class_name in table.ONE_PROMPT | table_moving.ONE_PROMPT
     batch_size = 1 if one else batch_size
+    prompts = [texts[i % len(texts)] for i in range(batch_size)]
+    if form := table.PROMPT_FORMS.get(class_name):
+        prompts = [form % json.dumps(prompt) for prompt in prompts]
     wanted: dict[str, Any] = {
-        "prompt": [texts[i % len(texts)] for i in range(batch_size)],
+        **dict.fromkeys(("prompt", "task_prompt", "content_prompt"), prompts),
         "height": size[0],
         "width": size[1],
         "num_inference_steps": num_inference_steps,
@@ -117,12 +123,13 @@ def call_kwargs(
         "max_sequence_length": SEQUENCE_LENGTHS[text],
         # Without these the picture is scaled to what the full model was trained on.
         "max_area": size[0] * size[1],
+        "resolution": 64 * round(math.sqrt(size[0] * size[1]) / 64),
         "_auto_resize": False,
         **dict.fromkeys(FRAME_NAMES, frames),
         **dict.fromkeys(_SOUND_NAMES, duration),
         "mask_start_seconds": duration / 4,
         "mask_end_seconds": duration / 2,
-        "lyrics": [texts[i % len(texts)] for i in range(batch_size)],
+        "lyrics": prompts,
         "class_labels": [7 * text + row for row in range(batch_size)],
         **table.CALLS,
         **own,

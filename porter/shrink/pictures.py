@@ -56,8 +56,14 @@ def pictures(pipeline: Any, height: int, width: int, batch_size: int) -> dict[st
         if with_alpha:
             made = [each.convert("RGBA") for each in made]
         forms = made[0], made, [[each] for each in made]
-        found[name] = forms[depth]
+        is_grid = pipeline_class.__name__ in table.GRIDS
+        found[name] = [_grid(each) for each in made] if is_grid else forms[depth]
     return found
+
+
+def _grid(first: Image.Image) -> list[list[Image.Image | None]]:
+    """A row of an example, and one with a place to fill."""
+    return [[first, first.rotate(180)], [first.rotate(90), None]]
 
 
 @cache

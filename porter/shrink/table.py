@@ -45,6 +45,12 @@ def _coarse_vae(levels: int) -> dict[str, Any]:
     }
 
 
+_PLACES = {
+    "control_layers_places": [0, 2],
+    "control_refiner_layers_places": [0, 1],
+    "add_control_noise_refiner": "control_noise_refiner",
+}
+
 _NO_MICRO_CONDITIONS = {"transformer": {"use_additional_conditions": False}}
 
 
@@ -101,6 +107,9 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
             # The body scales every size to 1024 x 1024: large patches keep tokens few.
             "patch_size": 8,
             "in_channels": 16,
+            # Other shapes than squares are padded to this many tokens: not as many as a
+            # square has, so that sizes differ.
+            "max_resolution": (136, 136),
         }
     },
     # None by default: stretching factors, one for each pair of a head's width.
@@ -144,8 +153,39 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
         "vae": {**_COARSE_CAUSAL_VAE, "scale_factor_spatial": 64},
         "transformer": {"rope_dim_list": [8, 8, 8]},
     },
-    "Kandinsky5I2IPipeline": {"vae": _coarse_vae(_LEVELS)},
     "Kandinsky5T2IPipeline": {"vae": _coarse_vae(_LEVELS)},
+    # None by default; half of the blocks get a residual, pictures have the latents' width.
+    "ZImageControlNetPipeline": {"controlnet": {**_PLACES, "control_in_dim": 16}},
+    # Latents of the control picture and of the masked one, and the mask.
+    "ZImageControlNetInpaintPipeline": {
+        "controlnet": {**_PLACES, "control_in_dim": 33}
+    },
+    # None by default: the channel of a mask, which the body always passes.
+    "StableDiffusion3ControlNetInpaintingPipeline": {
+        "controlnet": {"extra_conditioning_channels": 1}
+    },
+    # A key of released configurations that the class itself does not know.
+    "ChromaInpaintPipeline": {"transformer": {"guidance_embeds": False}},
+    # As for a fill; few pixels in each picture of the grid.
+    "VisualClozeGenerationPipeline": {
+        "transformer": {"in_channels": 384, "out_channels": 64},
+        "vae": {"latent_channels": 16},
+        "pipeline": {"resolution": 128},
+    },
+    # Levels at whose ends channels are gathered: widths that the latents' divide.  The
+    # backbone gets two frames at once, and as much of the picture; as it was released.
+    "HunyuanImageRefinerPipeline": {
+        "vae": {"block_out_channels": (8, 16, 32, 64, 64)},
+        "transformer": {
+            "in_channels": 128,
+            "out_channels": 64,
+            "patch_size": (1, 1, 1),
+            "rope_axes_dim": (8, 8, 8),
+            "guidance_embeds": True,
+        },
+    },
+    # False by default: the picture and a mask beside the latents.
+    "Kandinsky5I2IPipeline": {"transformer": {"visual_cond": True}},
     # Rounds sizes up to multiples of 16: with coarser latents they would not fit.
     "LongCatImageEditPipeline": {"vae": _coarse_vae(_LEVELS - 1)},
     # None by default, meaning unpatched; the latents have a quarter of the packed width.
@@ -195,6 +235,10 @@ TOKEN_ROWS = {
     # The sides of these belong to the body's own list of sizes.
     "JoyImageEditPipeline": ((8, 8), (6, 10), (7, 9)),
     "JoyImageEditPlusPipeline": ((8, 8), (6, 10), (7, 9)),
+    # Area of 640 x 640 or 1024 x 1024 pixels, rounded as above.
+    "QwenImageLayeredPipeline": ((5, 5), (8, 8), (7, 9)),
+    # Multiples of a token after the body's scaling to 1024 x 1024 pixels.
+    "HiDreamImagePipeline": ((16, 16), (14, 18), (8, 32)),
     # Of about 1024 x 1024 pixels, rounded up by the body to multiples of 16.
     "LongCatImageEditPipeline": ((16, 16), (13, 20), (20, 13)),
 }
@@ -211,6 +255,21 @@ ONE_PROMPT = frozenset({"LongCatImageEditPipeline", "QwenImageEditPlusPipeline"}
 
 EDITED = {"JoyImageEditPlusPipeline": "images"}
 """Pictures that a body may do without, though the class is there to edit them."""
+
+
+CALLS_OF: dict[str, dict[str, Any]] = {
+    # Returns no latents; three frames of layers instead of five.
+    "QwenImageLayeredPipeline": {"output_type": "pt", "layers": 2},
+    # Its own words stand in the same length as the prompt, and the picture after both.
+    "Kandinsky5I2IPipeline": {"max_sequence_length": 512},
+}
+"""Arguments of one class, over the general ones."""
+
+PROMPT_FORMS = {"BriaFiboEditPipeline": '{"edit_instruction": %s}'}
+"""What a prompt is put into, as a string of JSON, where a body reads no plain text."""
+
+GRIDS = frozenset({"VisualClozeGenerationPipeline"})
+"""Bodies whose picture is a grid: a row of an example, and a row with one to be made."""
 
 
 def for_pipeline(pipeline_class: type) -> Mapping[str, Mapping[str, Any]]:
