@@ -1,0 +1,134 @@
+"""Where a step's time goes on the GPU: kernels by kind, and the time between them.
+
+torchrun --nproc_per_node=2 -m benchmarks.kernels --model flux --mode ulysses2 --compiled
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import engines
+from benchmarks.layouts import OURS, Layout, layouts_for
+from benchmarks.models import MODELS, build_pipeline, call_arguments
+from xfuser_runtime.config import world_size_of_environment
+
+#: Kinds by what the kernels' names hold, first match first.
+_KINDS = {
+    "attention": r"fmha|flash|sdpa|attention",
+    "messages": r"nccl",
+    "barriers": r"barrier",
+    "matrix products": r"gemm|nvjet|cutlass|cublas|xmma|sm90_.*tn_n|splitK",
+    "copies": r"copy|memcpy|CatArray",
+    "compiled kernels": r"^triton",
+}
+_STEPS = 3
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Profile a call of `_STEPS` steps after warm-up; rank 0 prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels")
+    add = parser.add_argument
+    add("--model", choices=list(MODELS), default="flux")
+    add("--size", type=int, default=1024)
+    add("--mode", default="ulysses2", help="as in the tables: one, cfg2, ulysses2, ...")
+    add("--compiled", action="store_true")
+    add("--generated", default="generated", metavar="DIR")
+    args = parser.parse_args(argv)
+    layout = _layout(args.model, args.mode, args.compiled)
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    model = MODELS[args.model]
+    stock = build_pipeline(model, device, tiny=False)
+    pipeline = engines.prepare(
+        stock, model, layout, generated=args.generated, steps=_STEPS
+    )
+
+    def call() -> None:
+        arguments = call_arguments(
+            model, stock, size=args.size, steps=_STEPS, tiny=False
+        )
+        with torch.no_grad():
+            pipeline(**arguments)
+        torch.cuda.synchronize()
+
+    for _ in range(3):
+        call()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        call()
+    if rank == 0:
+        print(f"{args.model} {args.size} {layout.name}")
+        print(table(_kernels(profiled.events())))
+
+
+def table(kernels: Sequence[tuple[str, float, float]]) -> str:
+    """Milliseconds a step by kind, and the ten longest kernels.
+
+    Args:
+        kernels: name, start and end in microseconds.
+    """
+    by_kind: dict[str, float] = defaultdict(float)
+    by_name: dict[str, float] = defaultdict(float)
+    for name, start, end in kernels:
+        by_kind[kind_of(name)] += end - start
+        by_name[name[:80]] += end - start
+    span = max(end for _, _, end in kernels) - min(start for _, start, _ in kernels)
+    by_kind["nothing runs"] = span - busy((s, e) for _, s, e in kernels)
+    lines = ["| part | ms a step |", "| --- | ---: |"]
+    lines += [f"| {kind} | {t / 1e3 / _STEPS:.2f} |" for kind, t in by_kind.items()]
+    lines.append(f"| from the first kernel to the last | {span / 1e3 / _STEPS:.2f} |")
+    longest = sorted(by_name.items(), key=lambda item: -item[1])[:10]
+    lines += [f"{t / 1e3 / _STEPS:8.2f} ms  {name}" for name, t in longest]
+    return "\n".join(lines)
+
+
+def kind_of(name: str) -> str:
+    """The kind of a kernel; `other` where no pattern fits."""
+    for kind, pattern in _KINDS.items():
+        if re.search(pattern, name, re.IGNORECASE):
+            return kind
+    return "other"
+
+
+def busy(ranges: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of time ranges: kernels of two streams overlap."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(ranges):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
+
+
+def _kernels(events: Iterable[Any]) -> list[tuple[str, float, float]]:
+    return [
+        (event.name, event.time_range.start, event.time_range.end)
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    ]
+
+
+def _layout(model: str, mode: str, compiled: bool) -> Layout:
+    found = layouts_for(
+        MODELS[model],
+        world_size_of_environment(),
+        has_context_parallel=False,
+        has_xfuser=False,
+        on_gpu=True,
+    )
+    for layout in found:
+        if (layout.engine, layout.mode, layout.compiled) == (OURS, mode, compiled):
+            return layout
+    names = ", ".join(dict.fromkeys(x.mode for x in found if x.engine == OURS))
+    raise SystemExit(f"error: no layout {mode}, expected one of: {names}")
+
+
+if __name__ == "__main__":
+    main()
