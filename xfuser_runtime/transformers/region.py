@@ -180,6 +180,15 @@ class BlockRegion:
         index, self._iteration = self._iteration, self._iteration + 1
         if self._links is not None and not self._dry_run:
             streams = self._links.exchange(index, streams)
+        # A block may return parts of one tensor: the next is to see them as the first did.
+        streams = tuple(
+            (
+                _dense(value)
+                if isinstance(value, torch.Tensor) and value.is_contiguous()
+                else value
+            )
+            for value in streams
+        )
         return streams[0] if len(streams) == 1 else streams
 
     def gather(self, value: Any, dim: int, *streams: str) -> Any:

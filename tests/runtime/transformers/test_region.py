@@ -36,3 +36,67 @@ def test_a_value_of_another_length_is_refused() -> None:
         _region(5).shard(torch.zeros(1, 6, 1, 1), 1, "x", ndim=4)
     with pytest.raises(ValueError, match="expected 5 tokens of x"):
         _region(5).shard(torch.zeros(1, 1, 1), 1, "x")
+
+
+def _two_streams(patch: int | None = None, num_patches: int = 1) -> BlockRegion:
+    """The region of shard 1 of 2, text of 3 tokens and an image of 8."""
+    segments = (Segment("text", 3), Segment("image", 8, split_by_patch=True))
+    return BlockRegion(
+        layout=TokenLayout(segments, num_patches, 2),
+        patch=patch,
+        shard=1,
+        call_index=0,
+        links=None,
+        buffers={},
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("patch", "num_patches"), [(None, 1), (None, 2), (0, 2), (1, 2)]
+)
+def test_rows_lie_as_in_a_fresh_tensor(
+    batch: int, patch: int | None, num_patches: int
+) -> None:
+    made = _two_streams(patch, num_patches)
+    for name, length in (("text", 3), ("image", 8)):
+        whole = torch.randn(batch, length, 5)
+        rows = [
+            index
+            for start, stop in made.layout.ranges(name, patch, 1)
+            for index in range(start, stop)
+        ]
+        found = made.shard(whole, 1, name)
+        assert torch.equal(found, whole[:, rows])
+        assert found.stride() == torch.empty_like(found).contiguous().stride() or (
+            not rows
+        )
+
+
+def test_the_first_block_is_compiled_with_the_others() -> None:
+    """Strides of a cut value decide whether the same code serves the next block."""
+    compiled = []
+
+    def backend(module: torch.fx.GraphModule, inputs: object) -> object:
+        compiled.append(inputs)
+        return module.forward
+
+    torch._dynamo.reset()
+    block = torch.compile(
+        lambda x: (x * 2).contiguous(), backend=backend, dynamic=False
+    )
+    x = _two_streams().shard(torch.randn(2, 8, 5), 1, "image")
+    for _ in range(3):
+        x = block(x)
+    assert len(compiled) == 1
+
+
+def test_parts_of_a_blocks_output_lie_as_fresh_tensors_without_a_copy() -> None:
+    """With one sample; of more samples a copy would cost more than a second compilation."""
+    joined = torch.randn(1, 7, 5)
+    text, image = _two_streams().hand_over(joined[:, :3], joined[:, 3:])
+    assert (text.stride(0), image.stride(0)) == (15, 20)
+    assert image.data_ptr() == joined[:, 3:].data_ptr()
+    pair = torch.randn(2, 7, 5)[:, :3]
+    assert _two_streams().hand_over(pair) is pair
+    assert _two_streams().hand_over(None) is None
