@@ -73,15 +73,15 @@ def agreed_channels(
     is_free = "block_out_channels" in vae and vae["latent_channels"] == 4
     if is_free:
         # Its default is not meant for this backbone.
-        latents = function(channels) if function else int(channels) // packed
+        latents = function(channels) if function else channels // packed
     else:
         latents = vae.get("latent_channels") or vae.get("z_dim")
         needed = _inverse(function, latents) if function and latents else None
         if needed is not None and "in_channels" not in changes and needed != channels:
             entries["in_channels"] = int(needed)
             channels = int(needed)
-    more = function and latents and channels != packed * latents
-    if more and "out_channels" in backbone and "out_channels" not in changes:
+    is_open = "out_channels" in backbone and "out_channels" not in changes
+    if function and latents and channels != packed * latents and is_open:
         # The backbone gets more than the latents, and gives back no more than them.
         entries["out_channels"] = packed * latents
     return Channels(latents if is_free else None, entries)
