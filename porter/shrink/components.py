@@ -102,12 +102,15 @@ class Components:
             setattr(tokenizer, entry, value)
         if not is_processor(cls):
             return tokenizer
-        if "image_processor" not in inspect.signature(cls.__init__).parameters:
-            return stand_ins.TextProcessor(tokenizer, tokenizer.chat_template)
         config = text.encoder_config(
             text.concrete_class(encoder), None, sizes.TEXT_DIM, {}
         )
-        return stand_ins.picture_processor(tokenizer, config.vision_config)
+        vision = getattr(config, "vision_config", None)
+        takes_pictures = "image_processor" in inspect.signature(cls.__init__).parameters
+        if vision is None or not takes_pictures:
+            # Another component reads the pictures, or none does.
+            return stand_ins.TextProcessor(tokenizer, tokenizer.chat_template)
+        return stand_ins.picture_processor(tokenizer, vision)
 
     def alike(self, name: str) -> list[str]:
         """The components hinted by the same class, ``name`` among them."""
