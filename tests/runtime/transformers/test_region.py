@@ -40,7 +40,7 @@ def test_a_value_of_another_length_is_refused() -> None:
 
 def _two_streams(patch: int | None = None, num_patches: int = 1) -> BlockRegion:
     """The region of shard 1 of 2, text of 3 tokens and an image of 8."""
-    segments = (Segment("text", 3), Segment("image", 8, split_by_patch=True))
+    segments = (Segment("text", 3), Segment("image", 8, follows_latents=True))
     return BlockRegion(
         layout=TokenLayout(segments, num_patches, 2),
         patch=patch,
