@@ -59,21 +59,56 @@ def live_outputs(module: ParsedModule, loop: DenoisingLoop) -> tuple[str, ...]:
     """
     first, second = loop.calls
     assert first.target is not None and second.target is not None
-    tainted = {first.target}
-    for part in _statements_between(module, loop, first, second):
-        if reads(module, part) & tainted:
-            tainted |= writes(module, part)
-    following = read_first(
-        module, [*_after(module, loop, second.statement), *loop.body]
-    )
-    live = sorted(tainted & (following - {second.target}))
+    place = exchange_place(module, loop)
+    following = read_first(module, [*_after(module, loop, place), *loop.body])
+    live = sorted(_derived(module, loop) & (following - {second.target}))
     return (*(live or [first.target]), second.target)
 
 
+def exchange_place(
+    module: ParsedModule, loop: DenoisingLoop
+) -> cst.SimpleStatementLine:
+    """The statement behind which both outputs are as the rest of the step reads them.
+
+    That is the second call's, and what cuts its output alone right behind it: code before
+    the second call has cut the first output alike.
+    """
+    first, second = loop.calls
+    place = second.statement
+    others = _derived(module, loop)
+    for part in _after(module, loop, place, through=cst.With):
+        if (
+            not isinstance(part, cst.SimpleStatementLine)
+            or writes(module, part) != {second.target}
+            or second.target not in reads(module, part)
+            or reads(module, part) & others
+        ):
+            break
+        place = part
+    return place
+
+
+def _derived(module: ParsedModule, loop: DenoisingLoop) -> set[str]:
+    """The first call's output, and what is made of it before the second call."""
+    first, second = loop.calls
+    assert first.target is not None
+    derived = {first.target}
+    for part in _statements_between(module, loop, first, second):
+        if reads(module, part) & derived:
+            derived |= writes(module, part)
+    return derived
+
+
 def _after(
-    module: ParsedModule, loop: DenoisingLoop, statement: cst.CSTNode
+    module: ParsedModule,
+    loop: DenoisingLoop,
+    statement: cst.CSTNode,
+    through: type[cst.CSTNode] = cst.BaseCompoundStatement,
 ) -> list[cst.CSTNode]:
-    """The statements that may run after one, up to the end of the loop's body."""
+    """The statements that may run after one, up to the end of the loop's body.
+
+    Behind a compound statement around it they count where it is one of ``through``.
+    """
     found: list[cst.CSTNode] = []
     below = statement
     for above in module.ancestors(statement):
@@ -83,6 +118,8 @@ def _after(
         if above is loop.loop:
             break
         if isinstance(above, cst.BaseCompoundStatement):
+            if not isinstance(above, through):
+                break
             below = above
     return found
 

@@ -73,6 +73,32 @@ def test_lists_of_both_branches_are_cut_by_items(broken: bool, as_object: bool) 
         assert same is not broken
 
 
+def _by_block(rank: int) -> dict[int, torch.Tensor]:
+    _session()
+    seen: dict[int, torch.Tensor] = {}
+
+    class OfBlocks(Transformer):
+        def forward(self, x: Any, samples: dict[int, torch.Tensor]) -> Any:
+            seen.update(samples)
+            return (x + samples[0] + samples[2],)
+
+        __call__ = forward
+
+    call = cfg.batched_call(OfBlocks(), {"x": 0, "samples.0": 0, "samples.2": 0}, 1)
+    rows = torch.tensor([[1.0], [2.0]])
+    (output,) = call(rows, {0: 10 * rows, 2: 100 * rows})
+    assert torch.equal(output, 111 * rows)
+    return seen
+
+
+def test_keys_of_a_dict_that_are_numbers_stay_numbers() -> None:
+    for rank, seen in enumerate(run_ranks(_by_block, 2)):
+        assert {key: float(value) for key, value in seen.items()} == {
+            0: 10.0 * (rank + 1),
+            2: 100.0 * (rank + 1),
+        }
+
+
 def _pairs(rank: int) -> Any:
     _session()
     mine = (torch.full((2, 3), rank + 1.0), torch.full((1, 4), rank + 5.0))

@@ -178,14 +178,16 @@ class _Halves:
         if value is None:
             return
         if rest:
-            inner = value
-            if not isinstance(value, Mapping):
-                inner = {str(place): item for place, item in enumerate(value)}
-            inner = dict(inner)
+            is_mapping = isinstance(value, Mapping)
+            items = value.items() if is_mapping else enumerate(value)
+            keys, held = zip(*items, strict=True) if value else ((), ())
+            # Keys of a dict may be numbers, as those of the blocks that it belongs to.
+            inner = dict(zip(map(str, keys), held, strict=True))
             self.take(inner, rest, axis)
-            if not isinstance(value, Mapping):
-                inner = type(value)(inner.values())
-            arguments[key] = inner
+            made = inner.values()
+            arguments[key] = (
+                dict(zip(keys, made, strict=True)) if is_mapping else type(value)(made)
+            )
         elif isinstance(axis, str):
             arguments[key] = self._half_list(key, value)
         else:

@@ -4,13 +4,13 @@ Match:    the two transformer calls of the denoising loop, the second independen
           first and under a guard that is known before the first.
 Landmark: inside the denoising loop.
 Emit:     `self._cfg_branch_call(self.transformer, 0, <guard>)(...)`, the same with 1 and
-          True for the second, and an exchange of both outputs after the second.
+          True for the second, and an exchange of both outputs after the second, once it is cut as the first is.
 Manual:   1.1 step 2. The manual knows the batched form alone.
 """
 
 from __future__ import annotations
 
-from porter.analysis.pipeline_modes import live_outputs
+from porter.analysis.pipeline_modes import exchange_place, live_outputs
 from porter.parsed import ParsedModule
 from porter.rules.base import Edit, Rule
 from porter.rules.context import PipelineContext
@@ -47,7 +47,7 @@ class CfgBranchCalls(Rule[PipelineContext]):
             ),
             self.insert_after(
                 module,
-                second.statement,
+                exchange_place(module, loop),
                 f"{pair} = self._cfg_exchange_branches({pair})",
                 at=loop.loop,
             ),
