@@ -18,6 +18,7 @@ from porter.probe.capture import (
     TransformerCall,
     first_step_calls,
 )
+from porter.probe.leaves import leaf_shapes
 from porter.source import is_transformer
 
 BATCHES = (1, 2, 3)
@@ -36,7 +37,8 @@ def measure_guidance(pipeline: Any, kwargs_of: KwargsOf) -> tuple[str, Axes]:
 
     Returns:
         ("batched", axes by argument path), ("sequential", {}), ("carried", {}) where the
-        scheduler steps both branches, or ("none", {}) where nothing is doubled or stock
+        scheduler steps both branches, ("padded", {}) where tensors are as long as the
+        longest item of a list of both branches, or ("none", {}) where nothing is doubled or stock
         does not run with one prompt.
     """
     on: dict[int, tuple[TransformerCall, ...]] = {}
@@ -61,7 +63,18 @@ def measure_guidance(pipeline: Any, kwargs_of: KwargsOf) -> tuple[str, Axes]:
         axes = always.axes("", given[: len(on)], [None] * len(on))
     if axes and any(on[b][-1].stepped_rows == 2 * b for b in on):
         return "carried", {}
+    if ITEMS in axes.values() and _has_padded(axes, on[BATCHES[0]][-1].arguments):
+        return "padded", {}
     return ("batched", axes) if axes else ("none", {})
+
+
+def _has_padded(axes: Axes, arguments: Mapping[str, Any]) -> bool:
+    """Whether tensors of tokens come with a list, whose items may differ in length.
+
+    They are as long as the longest item of both branches, whatever a rank has of them.
+    """
+    shapes = leaf_shapes(arguments)
+    return any(len(shapes.get(path, ())) > 2 for path in axes)
 
 
 def _makes_two_calls(

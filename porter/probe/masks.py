@@ -48,8 +48,7 @@ def mask_form(
     if not same(shard.select(columns, TokenCut(2, keys.streams)), local):
         raise Unlike
     vector = torch.diagonal(whole, dim1=-2, dim2=-1)
-    for name, outer in OUTER_FORMS.items():
-        made: torch.Tensor = outer(vector)  # type: ignore[no-untyped-call]
-        if (name == "and") == (whole.dtype == torch.bool) and same(made, whole):
-            return name
+    name = "and" if whole.dtype == torch.bool else "product"
+    if same(OUTER_FORMS[name](vector), whole):
+        return name
     raise Unlike

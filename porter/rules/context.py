@@ -33,6 +33,7 @@ class PipelineContext:
             where = self.source.where
             seen = {
                 "none": "no guidance was measured",
+                "padded": "tensors beside a list are padded to the longest of both branches",
                 "carried": "the latents carry both branches through the scheduler",
                 "batched": "a doubled batch was measured, not what the source shows",
                 "sequential": "two calls were measured, not what the source shows",

@@ -24,7 +24,9 @@ class Pipeline:
         from diffusers import ModelMixin
 
         class Transformer(ModelMixin):  # type: ignore[misc]
-            def forward(self, x: Any, ids: Any = None, scale: Any = None) -> None: ...
+            def forward(
+                self, x: Any, ids: Any = None, scale: Any = None, control: Any = None
+            ) -> None: ...
 
         self.style = style
         self.scheduler = Scheduler()
@@ -34,14 +36,18 @@ class Pipeline:
         transformer, latents = self.components["transformer"], torch.zeros(batch, 3)
         twice = 2 if guided or self.style == "always" else 1
         x: Any = torch.zeros(batch * twice, 3)
-        if self.style == "lists":
+        control = None
+        if self.style in ("lists", "lists and tokens"):
             x = list(x)
+        if "tokens" in self.style:
+            control = {0: torch.zeros(batch * twice, 5, 3)}
         ids = torch.zeros(4, 2)  # four positions, for any batch
         if self.style in ("two calls", "two calls always"):
             for _ in range(2 if guided or "always" in self.style else 1):
                 transformer(latents, ids)
         else:
-            transformer(x, ids, scale={"of": torch.zeros(2, batch * twice)})
+            scale = {"of": torch.zeros(2, batch * twice)}
+            transformer(x, ids, scale=scale, control=control)
         self.scheduler.step(None, 0, latents)
 
 
@@ -50,6 +56,8 @@ class Pipeline:
     [
         ("one call", ("batched", {"x": 0, "scale.of": 1})),
         ("lists", ("batched", {"x": "items", "scale.of": 1})),
+        ("lists and tokens", ("padded", {})),
+        ("tokens", ("batched", {"x": 0, "scale.of": 1, "control.0": 0})),
         ("always", ("batched", {"x": 0, "scale.of": 1})),
         ("two calls", ("sequential", {})),
         ("two calls always", ("sequential", {})),
