@@ -8,11 +8,12 @@ DIFFUSERS_VERSIONS := 0.36.0 0.39.0 0.42.1
 export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo test lint format test-versions clean
+.PHONY: help install demo test scope lint format test-versions clean
 
 help:
 	@echo "make demo           one port from command to picture, on two processes of this machine"
 	@echo "make test           the whole suite"
+	@echo "make scope          every text-to-image pipeline in one mode"
 	@echo "make lint           ruff, black, mypy, porter check"
 	@echo "make format         let ruff and black rewrite what they can"
 	@echo "make test-versions  prove both PixArt ports on diffusers $(DIFFUSERS_VERSIONS)"
@@ -53,6 +54,10 @@ demo: install
 test: install
 	@echo "==> The whole suite"
 	@$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+scope: install
+	@echo "==> Every text-to-image pipeline: a port that passes one mode, or a refusal"
+	@PORTER_SCOPE=1 $(BIN)/pytest tests/scope/test_text_to_image.py
 
 lint: install
 	@status=0; \

@@ -1,11 +1,12 @@
 """Every text-to-image pipeline of the installed diffusers: refused in one line, or a port
 that imports and passes one mode.
 
-`porter add-model --all` and `porter verify --tier core` run everything.
+`make scope` runs it; `porter add-model --all` and `porter verify --tier core` run everything.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,14 @@ from porter.errors import InternalError
 from porter.generate import Plan, plan_all
 from porter.tasks import pipeline_tasks
 
-# The first test ports all of them.
-pytestmark = pytest.mark.timeout(1200)
+pytestmark = [
+    pytest.mark.skipif(
+        "PORTER_SCOPE" not in os.environ,
+        reason="about half an hour on two cores: make scope",
+    ),
+    # The first test ports all of them.
+    pytest.mark.timeout(1200),
+]
 
 TASK = "text-to-image"
 NAMES = sorted(name for name, task in pipeline_tasks().items() if task == TASK)
