@@ -9,6 +9,12 @@ from porter.analysis.facts import PipelineFacts
 from porter.analysis.pipeline_source import PipelineSource
 
 
+def measured_as(cfg_style: str) -> str:
+    """How a run shows the guidance that the source shows as `cfg_style`."""
+    # A guider's entries are calls one after the other, too.
+    return "sequential" if cfg_style == "entries" else cfg_style
+
+
 @dataclass(frozen=True)
 class PipelineContext:
     """A pipeline as its source shows it and as a run of the shrunken model measured it."""
@@ -19,10 +25,7 @@ class PipelineContext:
     @property
     def cfg_style(self) -> str:
         """How guidance is split; "none" unless source and measurement agree."""
-        # A guider's entries are calls one after the other, too.
-        shown = {"entries": "sequential"}.get(
-            self.source.cfg_style, self.source.cfg_style
-        )
+        shown = measured_as(self.source.cfg_style)
         return self.source.cfg_style if shown == self.facts.cfg_style else "none"
 
     @property

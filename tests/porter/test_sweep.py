@@ -19,7 +19,7 @@ from porter.diff import changed_lines, hunks
 from porter.errors import PorterError
 from porter.port import rewrite
 from porter.render import Rewritten, render
-from porter.rules.context import PipelineContext
+from porter.rules.context import PipelineContext, measured_as
 from porter.rules.pipeline import RULES
 
 NAMES = source.pipeline_classes()
@@ -38,7 +38,8 @@ def rewrite_unmeasured(name: str) -> Rewritten:
     upstream = source.load(name)
     denoisers = source.denoiser_parameters(source.class_node(upstream))
     shape = analyse_pipeline(upstream.module, upstream.class_name, denoisers)
-    context = PipelineContext(shape, PipelineFacts(shape.cfg_style, {}, {}))
+    facts = PipelineFacts(measured_as(shape.cfg_style), {}, {})
+    context = PipelineContext(shape, facts)
     return rewrite("pipeline", upstream, RULES, context, shape.call)
 
 
