@@ -198,7 +198,8 @@ def _transformers(upstream: Upstream, facts: PipelineFacts) -> Iterator[Rewritte
 
 def _transformer(owner: Upstream, facts: TransformerFacts) -> Rewritten:
     forward = Forward(owner.module, owner.class_name, facts)
-    return rewrite("transformer", owner, transformer.RULES, forward, forward.method)
+    rules = transformer.WHOLE_RULES if facts.whole else transformer.RULES
+    return rewrite("transformer", owner, rules, forward, forward.method)
 
 
 def _processors(facts: PipelineFacts) -> Iterator[Rewritten]:

@@ -88,6 +88,8 @@ class TransformerFacts:
         layers: qualified names of layer classes outside the blocks that mix tokens.
         queries: the streams of the queries, by path, where they are not those of the keys.
         mixing: how the blocks mix tokens besides the kernels of their attention.
+        whole: why every rank runs the whole of it, `file:line: construct`; there are no
+            loops then.  Empty where its tokens and blocks can be split.
     """
 
     loops: tuple[LoopFacts, ...]
@@ -96,6 +98,7 @@ class TransformerFacts:
     layers: tuple[str, ...]
     queries: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     mixing: MixingFacts = dataclasses.field(default_factory=MixingFacts)
+    whole: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +145,7 @@ def _transformer(data: Mapping[str, Any]) -> TransformerFacts:
         layers=tuple(data["layers"]),
         queries=_tuples(data.get("queries", {})),
         mixing=mixing_from_json(data.get("mixing", {})),
+        whole=data.get("whole", ""),
     )
 
 

@@ -28,8 +28,11 @@ def merged(
     Raises:
         Refusal: they contradict each other.
     """
-    if first == second:
+    if first == second or second.whole:
+        # A pipeline that needs it whole never splits it: the other's form serves both.
         return first
+    if first.whole:
+        return second
     loops = {loop.blocks: loop for loop in first.loops}
     others = {loop.blocks: loop for loop in second.loops}
     if not (loops.keys() <= others.keys() or others.keys() <= loops.keys()):

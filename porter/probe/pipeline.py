@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from porter.analysis.facts import PipelineFacts
+from porter.analysis.facts import PipelineFacts, TransformerFacts
 from porter.errors import Refusal
 from porter.parsed import ParsedModule
 from porter.probe.capture import TransformerCall, first_step_calls
@@ -33,7 +33,7 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
         parsed_of: gives the parsed module that defines a class.
 
     Raises:
-        Refusal: no tiny copy can be made, or a value or attention is not covered.
+        Refusal: no tiny copy can be made, or it denoises with no transformer.
     """
     with tempfile.TemporaryDirectory() as folder, upstream_runs(pipeline_class):
         make_checkpoint(pipeline_class, folder)
@@ -43,11 +43,10 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
         style, axes, runs = _measured_runs(pipeline)
         batched = _batched_runs(pipeline)
     transformers = {
-        name: probe_transformer(
+        name: _transformer_facts(
             getattr(pipeline, name),
             parsed_of(type(getattr(pipeline, name))),
             [calls[name] for calls in runs],
-            VARIANTS,
             [calls[name] for calls in batched if name in calls],
         )
         for name in runs[0]
@@ -60,6 +59,23 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
         )
     helpers = tuple(name for name in runs[0] if not is_transformer(name))
     return PipelineFacts(style, axes, transformers, helpers)
+
+
+def _transformer_facts(
+    model: Any,
+    source: ParsedModule,
+    calls: list[TransformerCall],
+    batched: list[TransformerCall],
+) -> TransformerFacts:
+    """Facts of one transformer; of one that ranks cannot share, the reason alone.
+
+    Its calls can be split all the same: between the branches of guidance, and by prompts.
+    """
+    try:
+        return probe_transformer(model, source, calls, VARIANTS, batched)
+    except Refusal as refusal:
+        where = refusal.where or source.where(source.class_def(type(model).__name__))
+        return TransformerFacts((), {}, (), (), whole=f"{where}: {refusal.found}")
 
 
 def _measured_runs(

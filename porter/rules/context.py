@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from porter.analysis.facts import PipelineFacts
 from porter.analysis.pipeline_source import PipelineSource
 
+#: Modes in which several ranks make one call of the transformer.
+OF_ONE_CALL = ("ulysses", "ring", "pp", "pipefusion")
+
 
 def measured_as(cfg_style: str) -> str:
     """How a run shows the guidance that the source shows as `cfg_style`."""
@@ -52,6 +55,8 @@ class PipelineContext:
         for transformer in self.facts.transformers.values():
             for mode, reason in transformer.mixing.refused.items():
                 refused.setdefault(mode, reason)
+            for mode in OF_ONE_CALL if transformer.whole else ():
+                refused.setdefault(mode, transformer.whole)
         if "pipefusion" not in refused and (blocks := self._uncut()):
             where = self._call
             refused["pipefusion"] = (

@@ -45,6 +45,12 @@ def test_facts_that_agree_stay_as_they_are() -> None:
     assert merged(_facts(_LOOP), _facts(_LOOP), "Toy") == _facts(_LOOP)
 
 
+def test_a_pipeline_that_needs_it_whole_takes_the_form_of_the_other() -> None:
+    whole, split = TransformerFacts((), {}, (), (), whole="toy.py:1: it"), _facts(_LOOP)
+    assert merged(whole, split, "Toy") == merged(split, whole, "Toy") == split
+    assert merged(whole, replace(whole, whole="toy.py:2: more"), "Toy") == whole
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

@@ -8,18 +8,19 @@ import json
 import shutil
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from porter import source
-from porter.analysis.facts import PipelineFacts
+from porter.analysis.facts import PipelineFacts, TransformerFacts
 from porter.diff import hunks
 from porter.errors import DriftError, Refusal
 from porter.generate import drift, plan
 from porter.lock import read_lock
-from porter.port import make_port, render_ports
+from porter.port import lock_entry, make_port, render_ports
 
 ALPHA, SIGMA = "PixArtAlphaPipeline", "PixArtSigmaPipeline"
 Facts = dict[str, PipelineFacts]
@@ -106,6 +107,18 @@ def test_the_class_is_a_subclass_with_from_pretrained(quick: Facts) -> None:
         "xFuserPipelineBaseWrapper.enable_data_parallel",
         "xFuserPipelineBaseWrapper.check_to_use_naive_forward",
     ]
+
+
+def test_a_transformer_that_ranks_cannot_share_keeps_guidance(quick: Facts) -> None:
+    reason = "toy.py:1: a block that mixes tokens"
+    whole = {"transformer": TransformerFacts((), {}, (), (), whole=reason)}
+    port = make_port(ALPHA, replace(quick[ALPHA], transformers=whole))
+    refused = port.classes[0].refused_modes
+    assert refused == dict.fromkeys(("ulysses", "ring", "pp", "pipefusion"), reason)
+    wrapper = port.classes[1]
+    assert wrapper.rewrite.counts == {"forward_check_condition": 1}
+    assert wrapper.text.endswith(wrapper.original)
+    assert lock_entry(port, render_ports([port]))["refused_modes"] == refused
 
 
 def test_a_hand_edit_is_refused_and_kept(quick: Facts, tmp_path: Path) -> None:

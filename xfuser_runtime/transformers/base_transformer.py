@@ -66,7 +66,8 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             sharded tokens.
         attention_streams: for each of them, by path with `*` for the block index: the
             streams that its keys hold, in the order in which they are concatenated.
-        block_loops: the block lists, in the order in which `forward` runs them.
+        block_loops: the block lists, in the order in which `forward` runs them; none where
+            every rank runs the whole model.
         attention_queries: the streams of the queries, by path, where they are not those of
             the keys.
         whole_streams: by block list, the streams of keys that every rank holds whole.
@@ -109,8 +110,9 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
 
         Raises:
             ValueError: when there are more pipeline stages than blocks, a forward hook
-                would go on calling the upstream forward, or the configuration made blocks
-                of a class that porter has not measured.
+                would go on calling the upstream forward, the configuration made blocks
+                of a class that porter has not measured, or ranks are to share a call of
+                a model that each must run whole.
         """
         if isinstance(module, cls) and cls._state_name in vars(module):
             return module
@@ -122,6 +124,13 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             )
         _check_blocks(module, cls.block_classes)
         num_stages = parallel_state.get_pipeline_parallel_world_size()
+        num_shards = parallel_state.get_sequence_parallel_world_size()
+        if not cls.block_loops and num_stages * num_shards > 1:
+            raise ValueError(
+                f"{num_stages} stages of {num_shards} ranks for one call of a "
+                f"{original.__name__}, expected one rank: its port does not split it; use "
+                "data or CFG parallelism"
+            )
         plan = plan_of_part(module, num_stages) or plan_stages(
             module, cls.block_loops, num_stages
         )

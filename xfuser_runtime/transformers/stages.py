@@ -79,7 +79,7 @@ class StagePlan:
     weights: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.num_stages > self.num_blocks:
+        if self.num_stages > max(self.num_blocks, 1):
             raise ValueError(
                 f"{self.num_stages} pipeline stages for {self.num_blocks} transformer "
                 f"blocks, expected at most one stage a block; use "

@@ -24,3 +24,6 @@ RULES: tuple[type[Rule[Any]], ...] = (
     BlockGuard,
     LastStageOutput,
 )
+
+#: Of a transformer that every rank runs whole: the call is counted and checked.
+WHOLE_RULES: tuple[type[Rule[Any]], ...] = (ForwardCheckCondition,)
