@@ -3,8 +3,8 @@
     torchrun --nproc_per_node=2 -m benchmarks.exchange
 
 Microseconds of one call on the slower rank, for each way to exchange: messages, or copies into
-the peers' memory with the heads in so many parts, by elements or by 16 bytes. The first column is
-attention alone, over the rows and heads that a rank has after the exchange.
+the peers' memory with the heads in parts of these shares, packed first or not. The first column
+is attention alone, over the rows and heads that a rank has after the exchange.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 
 from xfuser_runtime.attention import AttentionPlan, parallel_attention, symmetric
+from xfuser_runtime.attention.peer_memory import is_usable
+from xfuser_runtime.attention.ways import WAYS, different
 from xfuser_runtime.config import (
     EngineConfig,
     ParallelConfig,
@@ -45,21 +47,19 @@ _CALLS, _REPLAYS = 8, 20
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure all cases; rank 0 prints a table and writes `--json`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.exchange")
-    parser.add_argument("--parts", default="1,2,3,4", help="comma-separated")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args(argv)
-    parts = [int(number) for number in args.parts.split(",")]
     prepare_environment(
         EngineConfig(ParallelConfig(ulysses_degree=world_size_of_environment()))
     )
-    found = {case: measure(shape, parts) for case, shape in CASES.items()}
+    found = {case: measure(shape) for case, shape in CASES.items()}
     if get_world_group().rank_in_group == 0:
         print(markdown(found), flush=True)
         if args.json is not None:
             args.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
-def measure(shape: tuple[int, int, int, int], parts: Sequence[int]) -> dict[str, float]:
+def measure(shape: tuple[int, int, int, int]) -> dict[str, float]:
     """Microseconds of a call by the way to exchange.
 
     Raises:
@@ -90,25 +90,22 @@ def measure(shape: tuple[int, int, int, int], parts: Sequence[int]) -> dict[str,
 
     state.has_symmetric_memory = False
     check_and_time("messages")
-    state.has_symmetric_memory = symmetric.is_usable(group)
-    if not state.has_symmetric_memory:
-        return found
-    widened = symmetric._widened
-    for number in parts:
-        symmetric.NUM_PARTS = number
-        for name, view in (("elements", lambda x: None), ("16 bytes", widened)):
-            symmetric._widened = view  # type: ignore[assignment]
-            check_and_time(f"{number} parts, {name}")
-    symmetric._widened = widened
+    state.has_symmetric_memory = is_usable(group)
+    for way in different(WAYS, local) if state.has_symmetric_memory else ():
+        symmetric.WAY = way
+        check_and_time(way.name)
+    symmetric.WAY = None
     return found
 
 
 def markdown(found: dict[str, dict[str, float]]) -> str:
     """A table with a row for each case."""
-    names = list(next(iter(found.values())))
+    names = list(dict.fromkeys(name for times in found.values() for name in times))
     lines = ["| case | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
     lines += [
-        f"| {case} | " + " | ".join(f"{times[n]:.0f}" for n in names) + " |"
+        f"| {case} | "
+        + " | ".join(f"{times[n]:.0f}" if n in times else "" for n in names)
+        + " |"
         for case, times in found.items()
     ]
     return "\n".join(lines)

@@ -180,6 +180,33 @@ def test_channel_keeps_the_order_and_the_tensors() -> None:
     assert run_ranks(pass_on, 3)[0] == [float(i + 2) for i in range(20)]
 
 
+def test_channel_lets_go_of_what_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory does not grow with the messages of a call: it is the receiver's once they are sent."""
+
+    class Sent:
+        done = False
+
+        def is_completed(self) -> bool:
+            return self.done
+
+        def wait(self) -> None:
+            assert self.done, "the sender waited for a message in flight"
+
+    works: list[Sent] = []
+
+    def isend(*_: object, **__: object) -> Sent:
+        works.append(Sent())
+        return works[-1]
+
+    monkeypatch.setattr(dist, "isend", isend)
+    channel = P2PChannel(Group((0, 1)))
+    for _ in range(5):
+        channel.send(torch.zeros(4), 1)
+        for work in works[:-1]:
+            work.done = True
+    assert len(channel._pending) == 2
+
+
 def test_receiving_can_overlap_with_work() -> None:
     def overlap(rank: int) -> float:
         initialize_model_parallel(ParallelConfig(pipefusion_parallel_degree=2))

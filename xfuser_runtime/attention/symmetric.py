@@ -6,8 +6,8 @@ place of packing, sending and unpacking. Then all meet at a barrier on the devic
 The heads of a rank are cut into parts. Transfers run on a stream of their own, so that one part
 travels while another is computed:
 
-    transfers   write 0 | barrier | write 1 | barrier |   back 0     | back 1 | barrier
-    kernels     own rows          | attention 0       | attention 1  | ...............
+    transfers   write 0 | barrier | write 1 | barrier |   back 0 | barrier | back 1 | barrier
+    kernels     own rows          | attention 0       | attention 1        | ................
 
 Two workspaces take turns, one before and one after attention: whoever has passed the last
 barrier of one knows that the others have read the other.
@@ -17,87 +17,32 @@ Shapes: B batch, S_r rows of rank r, H heads, h = H / U those of one rank, D hea
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from xfuser_runtime.attention.peer_memory import (
+    Beside,
+    Workspace,
+    allocate,
+    peers_of,
+)
+from xfuser_runtime.attention.places import (
+    copy,
+    heads_of_part,
+    pack,
+    rows_of_part,
+    span,
+)
+from xfuser_runtime.attention.ways import WAYS, Way, different, fastest, head_parts
 from xfuser_runtime.distributed.layout import Range
-from xfuser_runtime.distributed.parallel_state import Group, get_ulysses_group
+from xfuser_runtime.distributed.parallel_state import get_ulysses_group
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
 
-logger = logging.getLogger(__name__)
-
-#: Parts that the heads of a rank are cut into, where each part still fills the device.
-NUM_PARTS = 2
-#: Query rows that one program of an attention kernel takes.
-_ROWS_OF_PROGRAM = 128
-#: Copies move this type where they can: 16 bytes in one instruction.
-_WIDE = torch.complex128
-
-
-@dataclass(frozen=True)
-class Workspace:
-    """Memory of every rank that all ranks can write to.
-
-    Args:
-        flat: by rank, 1-d tensors of one size; this rank's own among them.
-        handle: has `barrier(channel)`.
-    """
-
-    flat: tuple[torch.Tensor, ...]
-    handle: Any
-
-
-def is_usable(group: Group) -> bool:
-    """Whether the ranks of `group` can write to each other; a collective call.
-
-    All are of one host, with peer access between all devices, and torch can map their memory.
-    """
-    size = group.world_size
-    if size == 1 or not torch.cuda.is_available():
-        return False
-    if int(os.environ.get("LOCAL_WORLD_SIZE", 1)) < torch.distributed.get_world_size():
-        return False
-    if os.environ.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
-        return False
-    here = torch.cuda.current_device()
-    count = torch.cuda.device_count()
-    reachable = all(
-        torch.cuda.can_device_access_peer(here, other)
-        for other in range(count)
-        if other != here
-    )
-    flag = torch.tensor([int(reachable)], device="cuda")
-    torch.distributed.all_reduce(
-        flag, torch.distributed.ReduceOp.MIN, group=group.process_group
-    )
-    if not flag.item():
-        return False
-    try:
-        allocate(1024, torch.uint8, group)
-    except RuntimeError as error:
-        logger.warning("no symmetric memory, Ulysses sends messages: %s", error)
-        return False
-    return True
-
-
-def allocate(numel: int, dtype: torch.dtype, group: Group) -> Workspace:
-    """Memory that all ranks of `group` map; a collective call."""
-    from torch.distributed import _symmetric_memory
-
-    own = _symmetric_memory.empty(numel, dtype=dtype, device="cuda")
-    handle = _symmetric_memory.rendezvous(own, group.process_group)
-    flat = tuple(
-        own if rank == group.rank_in_group else handle.get_buffer(rank, (numel,), dtype)
-        for rank in range(group.world_size)
-    )
-    return Workspace(flat, handle)
+#: How heads travel; None to time the ways on CUDA.
+WAY: Way | None = None
 
 
 def attention(
@@ -138,58 +83,17 @@ def _symmetric_ulysses(
     scale: float | None,
 ) -> torch.Tensor:
     group = get_ulysses_group()
-    rank, peers = group.rank_in_group, _peers(group)
     batch, _, heads, channels = query.shape
-    local = heads // group.world_size
-    rows = sum(query_lengths), sum(key_lengths)
-    numel = batch * channels
-    before = _workspace("rows", (rows[0] + 2 * rows[1]) * local * numel, query)
-    after = _workspace("heads", max(query_lengths) * heads * numel, query)
-    shapes = [(batch, n, local, channels) for n in (rows[0], rows[1], rows[1])]
-    lengths = (query_lengths, key_lengths, key_lengths)
-    beside = _Beside(query.device)
-    parts = head_parts(local, num_parts(batch * local, rows[0], query.device))
+    numel = batch * channels * heads // group.world_size
+    rows = sum(query_lengths) + 2 * sum(key_lengths)
+    before = _workspace("rows", rows * numel, query)
+    after = _workspace("heads", max(query_lengths) * heads * batch * channels, query)
+    call = _Call((query, key, value), query_lengths, key_lengths, before, after)
 
-    def spread(peer: int, part: Range) -> None:
-        targets = carve(before.flat[peer], shapes)
-        for x, target, n in zip((query, key, value), targets, lengths, strict=True):
-            write_heads(x, target, peer, rank, n, part)
+    def run(way: Way) -> torch.Tensor:
+        return call.run(way, is_causal=is_causal, scale=scale)
 
-    arrived = []
-    beside.follow()
-    for part in parts:
-        with beside.running():
-            for peer in peers:
-                spread(peer, part)
-            before.handle.barrier(channel=0)
-            arrived.append(beside.mark())
-    spread(rank, (0, local))
-    own = carve(before.flat[rank], shapes)
-    result = torch.empty_like(query, memory_format=torch.contiguous_format)
-    held = []
-    for part, ready in zip(parts, arrived, strict=True):
-        beside.wait_for(ready)
-        q, k, v = (x[:, :, slice(*part)].transpose(1, 2) for x in own)
-        out = F.scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, scale=scale
-        ).transpose(1, 2)
-        # Transfers read it: its memory is given back once they are done.
-        held.append(out)
-        beside.follow()
-        with beside.running():
-            for peer in peers:
-                shape = (batch, query_lengths[peer], heads, channels)
-                target = carve(after.flat[peer], [shape])[0]
-                write_rows(out, target, peer, rank, query_lengths, part)
-        write_rows(out, result, rank, rank, query_lengths, part)
-    with beside.running():
-        after.handle.barrier(channel=0)
-        done = beside.mark()
-    beside.wait_for(done)
-    theirs = carve(after.flat[rank], [tuple(query.shape)])[0]
-    for start, stop in ((0, rank * local), ((rank + 1) * local, heads)):
-        _copy(result[:, :, start:stop], theirs[:, :, start:stop])
-    return result
+    return run(_chosen_way(run, query, query_lengths, key_lengths, is_causal))
 
 
 @_symmetric_ulysses.register_fake
@@ -205,136 +109,120 @@ def _(
     return query.new_empty(query.shape)
 
 
-def carve(flat: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
-    """Dense views one after another in flat memory."""
-    views, start = [], 0
-    for shape in shapes:
-        numel = torch.Size(shape).numel()
-        views.append(flat[start : start + numel].view(shape))
-        start += numel
-    return views
-
-
-def num_parts(programs: int, rows: int, device: torch.device) -> int:
-    """Parts of the heads: `NUM_PARTS` where one part is enough work for the whole device.
+@dataclass(frozen=True)
+class _Call:
+    """One exchange and the attention inside it.
 
     Args:
-        programs: samples times heads of a rank.
-        rows: query rows of each.
-        device: where attention runs.
+        sources: query, key and value, (B, S_local, H, D).
+        query_lengths, key_lengths: rows of each rank.
+        before: where rows of all ranks come, after: where heads of all ranks come.
     """
-    if device.type != "cuda":
-        return NUM_PARTS
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    waves = programs * -(-rows // _ROWS_OF_PROGRAM) // processors
-    return max(1, min(NUM_PARTS, waves))
 
+    sources: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    query_lengths: list[int]
+    key_lengths: list[int]
+    before: Workspace
+    after: Workspace
 
-def head_parts(count: int, parts: int) -> list[Range]:
-    """The heads 0 to `count` in at most `parts` ranges, none of them empty."""
-    parts = min(count, parts)
-    return [(i * count // parts, (i + 1) * count // parts) for i in range(parts)]
+    def run(self, way: Way, *, is_causal: bool, scale: float | None) -> torch.Tensor:
+        """Attention of the local queries, the heads travelling by `way`."""
+        query, group = self.sources[0], get_ulysses_group()
+        rank, degree = group.rank_in_group, group.world_size
+        parts = head_parts(query.shape[2] // degree, way.shares)
+        beside = Beside(query.device)
+        arrived = []
+        beside.follow()
+        for index in range(len(parts)):
+            with beside.running():
+                for peer in peers_of(group):
+                    self._send_heads(parts, index, peer, rank, packed=way.packed)
+                if index:
+                    self._send_heads(parts, index, rank, rank)
+                self.before.handle.barrier(channel=0)
+                arrived.append(beside.mark())
+        self._send_heads(parts, 0, rank, rank)
+        result = torch.empty_like(query, memory_format=torch.contiguous_format)
+        held = []
+        for index, ready in enumerate(arrived):
+            beside.wait_for(ready)
+            own = rows_of_part(self._shapes(), parts, index, self.before.flat[rank])
+            out = F.scaled_dot_product_attention(
+                *(x.transpose(1, 2) for x in own), is_causal=is_causal, scale=scale
+            ).transpose(1, 2)
+            # Transfers read it: its memory is given back once they are done.
+            held.append(out)
+            beside.follow()
+            with beside.running():
+                for peer in peers_of(group):
+                    self._return_rows(out, parts, index, peer, rank, way.packed)
+                self.after.handle.barrier(channel=0)
+                self._take_heads(result, parts, index)
+            start, stop = span(self.query_lengths, rank)
+            copy(self._heads(result, parts[index], rank), out[:, start:stop])
+        beside.wait_for(beside.mark())
+        return result
 
+    def _shapes(self) -> list[tuple[int, int, int]]:
+        """Samples, rows of all ranks and channels, of query, key and value."""
+        batch, _, _, channels = self.sources[0].shape
+        lengths = (self.query_lengths, self.key_lengths, self.key_lengths)
+        return [(batch, sum(n), channels) for n in lengths]
 
-def write_heads(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    peer: int,
-    rank: int,
-    lengths: Sequence[int],
-    part: Range | None = None,
-) -> None:
-    """Put the peer's heads of this rank's rows (B, S_local, H, D) into its (B, S, h, D).
+    def _send_heads(
+        self,
+        parts: Sequence[Range],
+        index: int,
+        peer: int,
+        rank: int,
+        *,
+        packed: bool = False,
+    ) -> None:
+        """Put the peer's heads of a part of this rank's rows to where it reads them."""
+        targets = rows_of_part(self._shapes(), parts, index, self.before.flat[peer])
+        local = parts[-1][1]
+        first, last = (peer * local + head for head in parts[index])
+        lengths = (self.query_lengths, self.key_lengths, self.key_lengths)
+        places = [
+            x[:, slice(*span(n, rank))] for x, n in zip(targets, lengths, strict=True)
+        ]
+        rows = [x[:, :, first:last] for x in self.sources]
+        for place, x in zip(places, pack(rows) if packed else rows, strict=True):
+            copy(place, x, by_sample=packed)
 
-    `part` are the heads of the h that are written, None for all.
-    """
-    local, start = target.shape[2], sum(lengths[:rank])
-    first, last = part or (0, local)
-    _copy(
-        target[:, start : start + lengths[rank], first:last],
-        x[:, :, peer * local + first : peer * local + last],
-    )
+    def _return_rows(
+        self,
+        out: torch.Tensor,
+        parts: Sequence[Range],
+        index: int,
+        peer: int,
+        rank: int,
+        packed: bool,
+    ) -> None:
+        """Put the peer's rows of this rank's heads of a part to where it reads them."""
+        batch, _, _, channels = out.shape
+        start, stop = span(self.query_lengths, peer)
+        target = heads_of_part(
+            (batch, stop - start, channels), parts, index, rank, self.after.flat[peer]
+        )
+        copy(target, out[:, start:stop], by_sample=packed)
 
+    def _take_heads(
+        self, result: torch.Tensor, parts: Sequence[Range], index: int
+    ) -> None:
+        """Put the others' heads of a part, which have come, into the result."""
+        group = get_ulysses_group()
+        batch, rows, _, channels = result.shape
+        flat = self.after.flat[group.rank_in_group]
+        for peer in peers_of(group):
+            shape = (batch, rows, channels)
+            theirs = heads_of_part(shape, parts, index, peer, flat)
+            copy(self._heads(result, parts[index], peer), theirs)
 
-def write_rows(
-    x: torch.Tensor,
-    target: torch.Tensor,
-    peer: int,
-    rank: int,
-    lengths: Sequence[int],
-    part: Range | None = None,
-) -> None:
-    """Put the peer's rows of this rank's heads (B, S, h, D) into its (B, S_peer, H, D).
-
-    With `part`, x holds these heads of the h alone.
-    """
-    first, last = part or (0, x.shape[2])
-    local = target.shape[2] // len(lengths)
-    start = sum(lengths[:peer])
-    _copy(
-        target[:, :, rank * local + first : rank * local + last],
-        x[:, start : start + lengths[peer]],
-    )
-
-
-def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """`target.copy_(source)`, 16 bytes at a time where both lie so."""
-    if target.numel():
-        pair = _widened(target), _widened(source)
-        if pair[0] is None or pair[1] is None:
-            pair = target, source
-        pair[0].copy_(pair[1])
-
-
-def _widened(x: torch.Tensor) -> torch.Tensor | None:
-    """`x` as elements of 16 bytes; None where its rows do not begin and end on these."""
-    width = _WIDE.itemsize // x.element_size()
-    aligned = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
-    if x.stride(-1) != 1 or any(n % width for n in aligned):
-        return None
-    return x.view(_WIDE)
-
-
-class _Beside:
-    """The stream that transfers run on beside the kernels; on CPU all runs in order."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream: Any = None
-        if device.type == "cuda":
-            held = get_runtime_state().workspaces
-            # Ahead of kernels that wait for room: what travels, others wait for.
-            if ("stream", device) not in held:
-                held["stream", device] = torch.cuda.Stream(device, priority=-1)
-            self._stream = held["stream", device]
-
-    def follow(self) -> None:
-        """Transfers from here on come after all kernels so far."""
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """What is launched inside runs beside the kernels."""
-        if self._stream is None:
-            yield
-            return
-        with torch.cuda.stream(self._stream):
-            yield
-
-    def mark(self) -> Any:
-        """The transfers so far."""
-        return None if self._stream is None else self._stream.record_event()
-
-    def wait_for(self, mark: Any) -> None:
-        """Kernels from here on come after the transfers up to `mark`."""
-        if mark is not None:
-            torch.cuda.current_stream().wait_event(mark)
-
-
-def _peers(group: Group) -> list[int]:
-    """The other ranks; each begins with the next one, so that no rank is written by all."""
-    size = group.world_size
-    return [(group.rank_in_group + i) % size for i in range(1, size)]
+    def _heads(self, result: torch.Tensor, part: Range, rank: int) -> torch.Tensor:
+        """The heads of a part of a rank's."""
+        local = result.shape[2] // get_ulysses_group().world_size
+        return result[:, :, rank * local + part[0] : rank * local + part[1]]
 
 
 def _workspace(use: str, numel: int, like: torch.Tensor) -> Workspace:
@@ -344,3 +232,29 @@ def _workspace(use: str, numel: int, like: torch.Tensor) -> Workspace:
     if key not in held:
         held[key] = allocate(numel, like.dtype, get_ulysses_group())
     return held[key]
+
+
+def _chosen_way(
+    run: Callable[[Way], torch.Tensor],
+    query: torch.Tensor,
+    query_lengths: Sequence[int],
+    key_lengths: Sequence[int],
+    is_causal: bool,
+) -> Way:
+    """The way that this session takes for calls of a shape; the first call times them all.
+
+    What it depends on is the same on all ranks, so that all choose, and choose alike.
+    """
+    if WAY is not None or not query.is_cuda:
+        return WAY or Way()
+    held, group = get_runtime_state().workspaces, get_ulysses_group()
+    batch, _, heads, channels = query.shape
+    shape = (batch, sum(query_lengths), sum(key_lengths), heads, channels)
+    key = ("way", *shape, query.dtype, is_causal)
+    if key not in held:
+        if torch.cuda.is_current_stream_capturing():
+            return Way()
+        ways = different(WAYS, heads // group.world_size)
+        held[key] = fastest(run, ways, group)
+    way: Way = held[key]
+    return way

@@ -193,6 +193,9 @@ class P2PChannel:
         x = x.contiguous()
         work = dist.isend(x, self._group.ranks[target], group=self._process_group)
         assert work is not None
+        # A tensor is let go as soon as it has left: kept to the end, they would pile up.
+        while self._pending and self._pending[0][0].is_completed():
+            self._pending.popleft()[0].wait()
         self._pending.append((work, x))
         while len(self._pending) > self._max_pending:
             self._pending.popleft()[0].wait()

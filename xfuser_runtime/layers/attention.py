@@ -18,10 +18,7 @@ import torch.nn.functional as F
 from diffusers.models import attention_dispatch
 from torch import nn
 
-from xfuser_runtime.attention.api import AttentionPlan, parallel_attention
 from xfuser_runtime.attention.backends import from_diffusers_name
-from xfuser_runtime.attention.cache import KVCache
-from xfuser_runtime.attention.outer_mask import MaskVector
 from xfuser_runtime.base_wrapper import swap_class
 from xfuser_runtime.distributed.collectives import all_reduce_sum
 from xfuser_runtime.distributed.parallel_state import get_ring_group, get_sp_group
@@ -31,8 +28,8 @@ from xfuser_runtime.distributed.runtime_state import (
     runtime_state_is_initialized,
 )
 from xfuser_runtime.errors import InputError
+from xfuser_runtime.layers.attention_site import AttentionSite, attend, attend_at
 from xfuser_runtime.layers.base import (
-    CallSites,
     derive,
     rebind_forward,
     xFuserLayerBaseWrapper,
@@ -43,72 +40,6 @@ from xfuser_runtime.layers.register import (
 )
 
 _SITE = "_xfuser_attention_site"
-
-
-class AttentionSite:
-    """What a wrapped attention module keeps beside its weights.
-
-    Args:
-        query_segments: the token streams of its query rows, in their order.
-        key_segments: those of its keys; empty where the keys are whole on every rank.
-        whole: those of its keys that every rank has whole, beside keys that are cut.
-        outer_mask: how its mask is made of one vector over the tokens, see `MaskVector`.
-    """
-
-    def __init__(
-        self,
-        query_segments: tuple[str, ...],
-        key_segments: tuple[str, ...],
-        whole: tuple[str, ...] = (),
-        outer_mask: str | None = None,
-    ) -> None:
-        self.query_segments = query_segments
-        self.key_segments = key_segments
-        self.whole = whole
-        self.outer_mask = outer_mask
-        self.caches: CallSites[KVCache] = CallSites(KVCache)
-        self.mask_vectors: CallSites[MaskVector] = CallSites(MaskVector)
-
-    def plan(self, region: Any, backend: str | None) -> AttentionPlan:
-        """Where the rows of the next attention call in this pass are."""
-        return AttentionPlan(
-            layout=region.layout,
-            query_segments=region.expand(self.query_segments),
-            key_segments=region.expand(self.key_segments),
-            patch=region.patch,
-            cache=self.caches.next(region) if region.layout.num_patches > 1 else None,
-            backend=backend,
-        )
-
-    def own_keys(self, region: Any, keys: torch.Tensor, dim: int) -> torch.Tensor:
-        """Keys without the rows that every rank has and another rank, or patch, answers for.
-
-        All ranks' keys take part in attention, so each must come from one rank alone.
-
-        Args:
-            region: the region of the pass.
-            keys: keys, values, or a mask over them.
-            dim: dimension of the keys.
-        """
-        if not self.whole or region.whole:
-            return keys
-        pieces, offset = [], 0
-        for name in region.expand(self.key_segments):
-            rows = region.layout.ranges(name, region.patch, region.shard_index)
-            count = sum(stop - start for start, stop in rows)
-            if name not in self.whole:
-                pieces.append(keys.narrow(dim, offset, count))
-            else:
-                count = region.length((name,))
-                pieces += [keys.narrow(dim, offset + a, b - a) for a, b in rows]
-            offset += count
-        if keys.shape[dim] != offset:
-            raise InputError(
-                f"keys of shape {tuple(keys.shape)}, expected {offset} rows of "
-                f"{', '.join(self.key_segments)}; the port does not fit this input: run "
-                "porter verify"
-            )
-        return torch.cat(pieces, dim=dim)
 
 
 class xFuserAttentionBaseWrapper(xFuserLayerBaseWrapper):
@@ -265,40 +196,11 @@ class xFuserAttentionBaseWrapper(xFuserLayerBaseWrapper):
             return None
         if name is None and dispatched:
             name = _diffusers_backend(backend)
-        between = layout.num_patches > 1 or get_ring_group().world_size > 1
-        attend = _attend_between_graphs if between else _attend
+        if torch.compiler.is_compiling() and (
+            layout.num_patches > 1 or get_ring_group().world_size > 1
+        ):
+            return functools.partial(attend_at, site.number, name)
         return functools.partial(attend, site, region, name)
-
-
-def _attend(
-    site: AttentionSite,
-    region: Any,
-    backend: str | None,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    **options: Any,
-) -> torch.Tensor:
-    plan = site.plan(region, backend)
-    if site.outer_mask is not None and attn_mask is not None:
-        vector = site.mask_vectors.next(region)
-        attn_mask = vector.complete(attn_mask, site.outer_mask, plan)
-    elif attn_mask is not None and attn_mask.shape[-1] == key.shape[1]:
-        attn_mask = site.own_keys(region, attn_mask, -1)
-    return parallel_attention(
-        query,
-        site.own_keys(region, key, 1),
-        site.own_keys(region, value, 1),
-        attn_mask=attn_mask,
-        plan=plan,
-        **options,
-    )
-
-
-# Caches are counted and filled, and blocks travel, in Python: torch.compile would guard on the
-# pass and compile each one again.
-_attend_between_graphs = torch.compiler.disable(_attend)
 
 
 def wrap_attention(

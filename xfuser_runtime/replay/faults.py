@@ -19,7 +19,7 @@ from xfuser_runtime.attention import ring, ulysses
 from xfuser_runtime.attention.cache import KVCache
 from xfuser_runtime.distributed.parallel_state import Group
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
-from xfuser_runtime.layers import attention, conv, gathered
+from xfuser_runtime.layers import attention, attention_site, conv, gathered
 from xfuser_runtime.pipelines import cfg, data_parallel
 from xfuser_runtime.pipelines.denoising_loop import DenoisingLoop
 from xfuser_runtime.schedulers.step import StepCall
@@ -196,7 +196,7 @@ def _key_doubled(fault: Fault) -> None:
 
         return attend
 
-    fault.replace(attention, "parallel_attention", broken)
+    fault.replace(attention_site, "parallel_attention", broken)
 
 
 def _mask_dropped(fault: Fault) -> None:
@@ -219,7 +219,7 @@ def _mask_dropped(fault: Fault) -> None:
                 kwargs = {**kwargs, "attn_mask": None}
             return func(*args, **kwargs)
 
-    fault.replace(attention, "parallel_attention", broken)
+    fault.replace(attention_site, "parallel_attention", broken)
     fault.enter(WithoutMask())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from xfuser_runtime.attention import symmetric
+from xfuser_runtime.attention.peer_memory import is_usable
 from xfuser_runtime.distributed.parallel_state import get_ulysses_group
 from xfuser_runtime.distributed.runtime_state import (
     get_runtime_state,
@@ -29,7 +29,7 @@ def prepare_kernels(model: nn.Module, loops: Iterable[str]) -> None:
         return
     state = get_runtime_state()
     if not state.has_symmetric_memory:
-        state.has_symmetric_memory = symmetric.is_usable(get_ulysses_group())
+        state.has_symmetric_memory = is_usable(get_ulysses_group())
     if not state.runtime_config.use_torch_compile:
         return
     for name in loops:

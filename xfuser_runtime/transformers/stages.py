@@ -21,7 +21,7 @@ from xfuser_runtime.transformers.outputs import map_tensors
 #: A stage's blocks may weigh this much more than an even share. Where blocks differ, even weights
 #: and even work are two things: a block for two streams holds twice the weights of one for the
 #: joined stream and computes the same for each token. Within the bound the split follows the work.
-_SLACK = 1.1
+_SLACK = 1.05
 
 
 class EmptyBlock(nn.Module):

@@ -40,7 +40,7 @@ from xfuser_runtime.distributed.runtime_state import (
     destroy_runtime_state,
 )
 from xfuser_runtime.layers import attention as attention_layer
-from xfuser_runtime.layers import wrap_attention
+from xfuser_runtime.layers import attention_site, wrap_attention
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,7 @@ def call_upstream() -> None:
 
 
 def drop_mask() -> None:
-    attention_layer.parallel_attention = lambda *args, **kwargs: parallel_attention(
+    attention_site.parallel_attention = lambda *args, **kwargs: parallel_attention(
         *args, **(kwargs | {"attn_mask": None})
     )
 

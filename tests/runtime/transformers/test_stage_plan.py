@@ -27,9 +27,9 @@ def sizes(weights: tuple[int, ...], num_stages: int) -> list[int]:
         ((1,) * 7, 3, [3, 2, 2]),
         ((5,) * 4, 4, [1, 1, 1, 1]),
         # Two streams, then one joined stream: half the weights, not half of the blocks.
-        ((340,) * 19 + (141,) * 38, 2, [19, 38]),
+        ((340,) * 19 + (141,) * 38, 2, [18, 39]),
         ((340,) * 19 + (141,) * 38, 4, [9, 9, 20, 19]),
-        # Within a tenth of an even share the numbers of blocks decide.
+        # Within a twentieth of an even share the numbers of blocks decide.
         ((11, 11, 10, 10), 2, [2, 2]),
         ((100, 1, 1, 1), 2, [1, 3]),
         ((1, 1, 1, 100), 3, [2, 1, 1]),
@@ -50,7 +50,7 @@ def test_no_stage_is_much_heavier_than_it_must(seed: int, num_stages: int) -> No
         heaviest = max(heaviest, sum(weights[start : start + size]))
         start += size
     share = sum(weights) / num_stages
-    assert heaviest <= max(1.1 * share, share + max(weights))
+    assert heaviest <= max(1.05 * share, share + max(weights))
 
 
 def test_weights_come_from_the_blocks() -> None:

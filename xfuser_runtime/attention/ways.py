@@ -1,0 +1,112 @@
+"""Ways for heads to travel between GPUs that share memory, and which of them is fastest here.
+
+How many parts the heads are cut into, and whether kernels or copy engines move them, decides how
+much of the exchange hides behind attention. No rule foretells it: on CUDA the ways are timed at
+the first call of a shape, in a CUDA graph as they run later, and all ranks agree on one.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, product
+from typing import Any
+
+import torch
+
+from xfuser_runtime.distributed.collectives import all_reduce_max
+from xfuser_runtime.distributed.layout import Range
+from xfuser_runtime.distributed.parallel_state import Group
+
+logger = logging.getLogger(__name__)
+
+#: Calls in a graph, and replays of it, that one way is timed with.
+_CALLS, _REPLAYS = 4, 5
+_DEVICE = "cuda"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way.
+
+    Args:
+        shares: of the heads of a rank, in the order in which they travel: one part travels while
+            the one before is computed. What comes first and last is not hidden.
+        packed: a part is packed before it travels, so that it is one run of memory, which copy
+            engines move; else kernels write it row by row.
+    """
+
+    shares: tuple[int, ...] = (1, 1)
+    packed: bool = False
+
+    @property
+    def name(self) -> str:
+        """For reports: `1:2:1 packed`."""
+        return ":".join(map(str, self.shares)) + (" packed" if self.packed else "")
+
+
+#: The ways that are timed. With small first and last parts less is left bare.
+WAYS = tuple(
+    Way(shares, packed)
+    for shares, packed in product(
+        ((1,), (1, 1), (1, 2, 1), (1,) * 4, (1,) * 6), (False, True)
+    )
+)
+
+
+def head_parts(count: int, shares: Sequence[int]) -> list[Range]:
+    """The heads 0 to `count` in ranges as `shares`, none of them empty."""
+    ends = [count * end // sum(shares) for end in accumulate(shares)]
+    pairs = zip([0, *ends], ends, strict=False)
+    return [(start, stop) for start, stop in pairs if stop > start]
+
+
+def different(ways: Sequence[Way], count: int) -> list[Way]:
+    """The ways that cut `count` heads differently."""
+    found = {(tuple(head_parts(count, w.shares)), w.packed): w for w in reversed(ways)}
+    return [way for way in ways if way in found.values()]
+
+
+def fastest(run: Callable[[Way], Any], ways: Sequence[Way], group: Group) -> Way:
+    """The way whose slowest rank is done first; a collective call on CUDA.
+
+    Args:
+        run: the whole call by a way.
+        ways: to choose from.
+        group: the ranks that make the call together.
+    """
+    own = torch.tensor([_seconds(run, way, group) for way in ways], device=_DEVICE)
+    slowest = all_reduce_max(own, group).tolist()
+    chosen = ways[slowest.index(min(slowest))]
+    times = ", ".join(
+        f"{way.name} {seconds * 1e6:.0f} us"
+        for way, seconds in zip(ways, slowest, strict=True)
+    )
+    logger.info("heads travel by %s (%s)", chosen.name, times)
+    return chosen
+
+
+def _seconds(run: Callable[[Way], Any], way: Way, group: Group) -> float:
+    """Of one call in a CUDA graph; infinite where the way cannot be captured."""
+    for _ in range(2):
+        run(way)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            for _ in range(_CALLS):
+                run(way)
+    except RuntimeError as error:
+        logger.warning("heads cannot travel by %s: %s", way.name, error)
+        return float("inf")
+    times = []
+    for _ in range(_REPLAYS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.distributed.barrier(group=group.process_group)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / _CALLS)
+    return statistics.median(times)
