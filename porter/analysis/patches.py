@@ -77,7 +77,7 @@ def unfit_for_patches(module: ParsedModule, loop: DenoisingLoop) -> str:
         if not _keeps_its_value(module, loop, name):
             line = next(s for s in loop.body if name in reads(module, s))
             return f"{module.where(line)}: {name} is carried from step to step"
-    if kept := _kept_object(module, loop):
+    if kept := _kept_object(module, loop) or _set_scheduler(module, loop):
         return kept
     early = read_first(module, loop.body)
     written = {name for part in loop.body for name in writes(module, part)}
@@ -124,6 +124,22 @@ def _kept_object(module: ParsedModule, loop: DenoisingLoop) -> str:
             if call not in of_transformers and names & kept:
                 name = sorted(names & kept)[0]
                 return f"{module.where(call)}: {name} may remember earlier steps"
+    return ""
+
+
+def _set_scheduler(module: ParsedModule, loop: DenoisingLoop) -> str:
+    """Where the body sets something of the scheduler itself, or ''.
+
+    Such as its counter, to step twice at one timestep: patches have a scheduler each.
+    """
+    for part in loop.body:
+        for target in (
+            *(store.target for store in find(part, cst.AssignTarget)),
+            *(store.target for store in find(part, cst.AugAssign)),
+        ):
+            name = module.source(target)
+            if "scheduler" in name.split(".")[:-1]:
+                return f"{module.where(target)}: {name} is set in the loop"
     return ""
 
 

@@ -94,6 +94,9 @@ class LoopProbe:
         for names in keys.values():
             if any(name in streams for name in names):
                 streams.update(dict.fromkeys(names))
+        for path, names_apart in origins.contexts.items():
+            if names_apart & streams.keys():
+                raise self._no_streams("keys", path)
         leaves = {name: self._leaf(name, origins.dims) for name in streams}
         whole = tuple(name for name in streams if leaves[name] not in axes)
         lengths = {
@@ -259,14 +262,17 @@ class LoopProbe:
         for path, rows in rows_by_path.items():
             runs = runs_of(rows) if rows is not None else None
             if runs is None:
-                raise Refusal(
-                    f"{what} of attention {self._loop.blocks}.*.{path} that are no whole "
-                    "streams in order",
-                    expected="concatenated token streams",
-                    where=self._where,
-                )
+                raise self._no_streams(what, path)
             found[_starred(path)] = tuple(name for (name, _), _ in runs)
         return found
+
+    def _no_streams(self, what: str, path: str) -> Refusal:
+        return Refusal(
+            f"{what} of attention {self._loop.blocks}.*.{path} that are no whole streams "
+            "in order",
+            expected="concatenated token streams",
+            where=self._where,
+        )
 
     def _queries(
         self, sharded: Mapping[str, tuple[str, ...]], origins: KeyOrigins

@@ -31,6 +31,9 @@ Swap = Callable[[str, Any], Any]
 class KeyOrigins:
     """Runs one block and tells the origin of every attention's queries and keys.
 
+    A module that attends several times, each time to another context that the loop does
+    not carry, has no keys of streams; `contexts` names the variables that these come from.
+
     Args:
         block: the block to watch.
         axes: the token dimension of each leaf whose length changes between runs.
@@ -50,6 +53,7 @@ class KeyOrigins:
         self.modules: dict[str, nn.Module] = {}
         self.keys: dict[str, Rows] = {}
         self.queries: dict[str, Rows] = {}
+        self.contexts: dict[str, set[str]] = {}
         self.dims: dict[Leaf, int] = dict(axes)
 
     def run(self, model: Callable[[Swap], Any]) -> KeyOrigins:
@@ -123,17 +127,21 @@ class KeyOrigins:
             keys,
             queries,
         ):
-            outside = not (self._of_tokens(keys) or self._of_tokens(self.keys[path]))
-            if outside and self.queries[path] == queries:
+            parts = self._context(keys), self._context(self.keys[path])
+            if None not in parts and self.queries[path] == queries:
+                self.contexts.setdefault(path, set()).update(*filter(None, parts))
                 keys = ()  # parts of a context that stays whole
             else:
                 keys = queries = None
         self.keys[path], self.queries[path] = keys, queries
         return call.run().detach()
 
-    def _of_tokens(self, keys: Rows) -> bool:
-        """Whether keys come from a variable that may be cut, or from no clear place."""
-        return keys is None or any(leaf in self._axes for leaf, _ in keys)
+    def _context(self, keys: Rows) -> set[str] | None:
+        """The variables that keys come from; None for what the loop carries, or unclear."""
+        if keys is None:
+            return None
+        names = {name for (name, _), _ in keys}
+        return None if names & self._carried else names
 
     def _alike(self, call: AttentionCall, keys: Rows) -> bool:
         """True where as many queries as keys begin and end with the same tokens."""

@@ -20,6 +20,7 @@ from .components import Components
 from .errors import ShrinkError
 from .fit import fit_widths
 from .sizes import BLOCKS
+from .torchvision_names import provide
 
 Overrides = Mapping[str, Mapping[str, Any]]
 
@@ -62,6 +63,7 @@ def make_pipeline(
     blocks: int = BLOCKS,
 ) -> Any:
     """The tiny pipeline itself, in memory; arguments as of :func:`make_checkpoint`."""
+    provide()
     hints = component_hints(pipeline_class)
     merged = _merge(table.for_pipeline(pipeline_class), overrides or {})
     with torch.random.fork_rng(devices=[]):

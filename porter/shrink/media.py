@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from . import table_moving
+
 LATENT_FRAMES = (5, 7, 5)
 """Latent frames of a video at each picture size: more than a 4-fold cut into patches
 needs, odd, and not the same everywhere, so that their number is seen to vary."""
@@ -29,7 +31,7 @@ FRAME_NAMES = ("num_frames", "frames", "video_length")
 SHIFT = 7
 """Pixels by which the stripes of a video move from frame to frame."""
 
-_VIDEO = re.compile(r"(^|_)videos?$")
+_VIDEO = re.compile(r"(^|_)videos?$|^controls$")
 
 
 def is_of_frames(names: Iterable[str]) -> bool:
@@ -108,7 +110,9 @@ def videos(
 
 
 def takes_one(pipeline_class: type, name: str) -> bool:
-    """Whether the class's own checks of an argument leave out lists of pictures."""
+    """Whether an argument is one picture: checks of the class's own leave out lists."""
+    if pipeline_class.__name__ in table_moving.ONE_PICTURE:
+        return True
     check = getattr(pipeline_class, "check_inputs", None)
     if check is None:
         return False

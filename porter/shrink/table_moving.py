@@ -133,13 +133,31 @@ COMPONENTS: dict[str, dict[str, dict[str, Any]]] = {
         "scheduler": {"use_karras_sigmas": True},
     },
     **dict.fromkeys(
-        (
-            "CosmosVideoToWorldPipeline",
-            "Cosmos2_5_PredictBasePipeline",
-            "Cosmos2_5_TransferPipeline",
-        ),
+        ("CosmosVideoToWorldPipeline", "Cosmos2_5_PredictBasePipeline"),
         {"transformer": _MASKED_FRAMES},
     ),
+    # As released: a context of pictures, and control for every other block.  The
+    # network's own latents carry the mask of the frames and that of the padding, its
+    # control may be wider than the latents.
+    "Cosmos2_5_TransferPipeline": {
+        "transformer": {
+            "in_channels": 17,
+            "img_context_dim_in": 40,
+            "img_context_num_tokens": 6,
+            "img_context_dim_out": 96,
+            "extra_pos_embed_type": None,
+            "controlnet_block_every_n": 2,
+        },
+        "controlnet": {
+            "n_controlnet_blocks": 2,
+            "in_channels": 20,
+            "latent_channels": 18,
+            "model_channels": 96,
+            "text_embed_dim": 64,
+            "img_context_dim_in": 40,
+            "img_context_dim_out": 96,
+        },
+    },
     **dict.fromkeys(
         (
             "StableAudio3Pipeline",
@@ -319,6 +337,8 @@ CALLS_OF: dict[str, dict[str, Any]] = {
             "image_emb_len": 4,
         }
     },
+    # Chunks of a video, two or more.
+    "Cosmos2_5_TransferPipeline": {"num_frames_per_chunk": 9},
     # Two sections of a video.
     "HunyuanVideoFramepackPipeline": {"latent_window_size": 3},
     "LattePipeline": {"video_length": 5},
@@ -356,8 +376,6 @@ GIVEN: dict[str, frozenset[str]] = {
     **dict.fromkeys(
         (
             "CogVideoXVideoToVideoPipeline",
-            "Cosmos2VideoToWorldPipeline",
-            "CosmosVideoToWorldPipeline",
             "WanVideoToVideoPipeline",
         ),
         frozenset({"video"}),
@@ -370,8 +388,20 @@ GIVEN: dict[str, frozenset[str]] = {
         ("StableAudio3AudioToAudioPipeline", "StableAudio3InpaintPipeline"),
         frozenset({"audio"}),
     ),
+    # A video of all frames leaves nothing to be made; a picture is the first frame.
+    **dict.fromkeys(
+        (
+            "Cosmos2VideoToWorldPipeline",
+            "Cosmos2_5_PredictBasePipeline",
+            "CosmosVideoToWorldPipeline",
+        ),
+        frozenset({"image"}),
+    ),
     "LTXImageToVideoPipeline": frozenset({"image"}),
     "LTXConditionPipeline": frozenset({"image"}),
     "LTX2ImageToVideoPipeline": frozenset({"image"}),
 }
 """Optional media that a call gets, by pipeline."""
+
+ONE_PICTURE = frozenset({"Cosmos2_5_PredictBasePipeline"})
+"""Pipelines whose body makes a tensor of one picture, whatever the number of prompts."""

@@ -18,7 +18,10 @@ from typing import Any
 import torch
 
 from porter.errors import PorterError
+from porter.shrink.torchvision_names import provide
 from porter.verify.floor import GLOBAL_SEED
+
+_PREPARE = f"{provide.__module__}:{provide.__name__}"
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,7 @@ def start_replay(
         "max_ranks": max_ranks or 2 * _cores(),
         "runs": [vars(run) for run in runs],
         "imports": modules_of_components(checkpoint),
+        "prepare": [_PREPARE] if provide() else [],
     }
     (folder / "job.json").write_text(json.dumps(job, indent=1))
     with open(folder / "stderr.txt", "w") as stderr:

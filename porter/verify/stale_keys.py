@@ -138,8 +138,10 @@ class StaleKeys:
             module.register_forward_pre_hook(enter, with_kwargs=True),
             module.register_forward_hook(leave, always_call=True),
         ]
+        lists = dict(module.named_modules())
+        # A helper beside the transformer has no lists of these names, or none is cut.
         for region in self._region_names or ():
-            for block in module.get_submodule(region).children():
+            for block in lists[region].children() if region in lists else ():
                 handles.append(block.register_forward_pre_hook(enter_region))
                 handles.append(
                     block.register_forward_hook(leave_region, always_call=True)

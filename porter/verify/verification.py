@@ -19,6 +19,7 @@ from porter.errors import PorterError
 from porter.lock import read_lock
 from porter.shrink import make_checkpoint
 from porter.shrink.sizes import BLOCKS
+from porter.shrink.torchvision_names import provide
 from porter.verify.cases import STEPS, Case, cases_for, fresh, packed
 from porter.verify.floor import (
     Reference,
@@ -72,6 +73,7 @@ def verify_pipeline(
     target = source.load(name).reference
     module, _, class_name = target.partition(":")
     pipeline_class = getattr(importlib.import_module(module), class_name)
+    provide()
     with tempfile.TemporaryDirectory(prefix="porter-verify-") as folder, _one_thread():
         if checkpoint is None:
             say(f"making a tiny checkpoint of {class_name}")

@@ -73,7 +73,9 @@ class Context(nn.Module):
         return self.attention(context, tokens)
 
 
-def origins_of_context(axes: dict[tuple[str, str], int]) -> KeyOrigins:
+def origins_of_context(
+    axes: dict[tuple[str, str], int], carried: set[str] | None = None
+) -> KeyOrigins:
     block = Context()
     values = {
         "context": torch.randn(1, TEXT + 3, WIDTH),
@@ -84,13 +86,21 @@ def origins_of_context(axes: dict[tuple[str, str], int]) -> KeyOrigins:
     def model(swap: Any) -> Any:
         return block(**{name: swap(name, value) for name, value in values.items()})
 
-    return KeyOrigins(block, axes, {"tokens"}).run(model)
+    return KeyOrigins(block, axes, carried or {"tokens"}).run(model)
 
 
 def test_parts_of_a_context_of_one_length_are_no_streams() -> None:
     assert origins_of_context({("tokens", ""): 1}).keys["attention"] == ()
 
 
-def test_parts_of_a_context_that_may_be_cut_are_unclear() -> None:
+def test_parts_of_a_context_that_the_loop_does_not_carry_are_named() -> None:
     found = origins_of_context({("tokens", ""): 1, ("context", ""): 1})
+    assert found.keys["attention"] == ()
+    assert found.contexts == {"attention": {"context"}}
+
+
+def test_parts_of_a_context_that_the_loop_carries_are_unclear() -> None:
+    axes = {("tokens", ""): 1, ("context", ""): 1}
+    found = origins_of_context(axes, {"tokens", "context"})
     assert found.keys["attention"] is None
+    assert not found.contexts

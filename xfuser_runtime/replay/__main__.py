@@ -8,7 +8,6 @@ What the ranks returned lies in the job's results folder as `<run>/<call>.dp<rep
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 import time
@@ -35,9 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     job = read_job(parser.parse_args(arguments).job)
     # Ranks are forked: a thread pool that started here would be dead in them.
     torch.set_num_threads(1)
+    job.make_ready()
     port_class = load_pipeline_class(job.port, generated=job.generated)
-    for module in job.imports:
-        importlib.import_module(module)
     stock: Any = job.pipeline_class.from_pretrained(job.checkpoint)  # type: ignore[attr-defined]
     stock.set_progress_bar_config(disable=True)
     _say({"port": port_class.__name__, "block_loops": _block_loops(stock)})

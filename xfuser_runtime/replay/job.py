@@ -48,6 +48,8 @@ class Job:
         seed: of torch's global generator before each call.
         imports: modules that hold components of the checkpoint; upstream's loader takes
             classes of packages other than its own only from modules already imported.
+        prepare: functions `module:name` to call once upstream's class is imported and
+            before the port is: they bind what upstream's modules lack on this machine.
     """
 
     port: str
@@ -60,13 +62,27 @@ class Job:
     max_ranks: int = 2
     seed: int = 0
     imports: tuple[str, ...] = ()
+    prepare: tuple[str, ...] = ()
 
     @property
     def pipeline_class(self) -> type:
         """The upstream class, imported."""
-        module, _, name = self.pipeline.partition(":")
-        found: type = getattr(importlib.import_module(module), name)
+        found: type = _named(self.pipeline)
         return found
+
+    def make_ready(self) -> None:
+        """Import upstream's class and what its components are of; call `prepare`."""
+        _named(self.pipeline)
+        for module in self.imports:
+            importlib.import_module(module)
+        for name in self.prepare:
+            _named(name)()
+
+
+def _named(reference: str) -> Any:
+    """What `module:name` stands for."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def read_job(path: Path) -> Job:
