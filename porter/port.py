@@ -19,7 +19,7 @@ from porter.analysis.facts import (
 )
 from porter.analysis.forward import Forward
 from porter.analysis.merge import merged
-from porter.analysis.pipeline_source import analyse_pipeline
+from porter.analysis.pipeline_source import PipelineSource, analyse_pipeline
 from porter.analysis.processor import Processor
 from porter.diff import changed_lines
 from porter.errors import PorterError, Refusal
@@ -63,9 +63,7 @@ def make_port(name: str, facts: PipelineFacts | None = None) -> Port:
     Raises:
         PorterError: no such class, or the port would not be right.
     """
-    upstream = source.load(name)
-    denoisers = source.denoiser_parameters(source.class_node(upstream))
-    shape = analyse_pipeline(upstream.module, upstream.class_name, denoisers)
+    upstream, shape = read_pipeline(name)
     facts = facts or _measure(upstream)
     context = PipelineContext(shape, facts)
     classes = [
@@ -74,6 +72,18 @@ def make_port(name: str, facts: PipelineFacts | None = None) -> Port:
         *_processors(facts),
     ]
     return Port(_port_name(upstream), upstream, facts, tuple(classes))
+
+
+def read_pipeline(name: str) -> tuple[Upstream, PipelineSource]:
+    """A pipeline class and what its source shows.
+
+    Raises:
+        PorterError: no such class, or no pipeline that denoises with a transformer.
+    """
+    upstream = source.load(name)
+    denoisers = source.denoiser_parameters(source.class_node(upstream))
+    shape = analyse_pipeline(upstream.module, upstream.class_name, denoisers)
+    return upstream, shape
 
 
 def render_ports(ports: Iterable[Port]) -> dict[str, str]:

@@ -69,6 +69,10 @@ def cross_row_formulas(
 
 def unfit_for_patches(module: ParsedModule, loop: DenoisingLoop) -> str:
     """Why a pass over one patch would not equal its part of a whole pass, or ''."""
+    if len(loop.latents) > 1:
+        found = ", ".join(loop.latents)
+        where = module.where(loop.loop)
+        return f"{where}: the loop carries {found} through the scheduler's step"
     calls = [call for call in loop.calls if call.inner_loop]
     if calls and guider_loop(module, loop) is None:
         where = module.where(calls[0].call)

@@ -200,9 +200,8 @@ def unfit_for_passes(module: ParsedModule, loop: DenoisingLoop) -> str:
         return f"{where}: the denoising loop stands inside another loop"
     if loop.loop.orelse is not None:
         return f"{module.where(loop.loop.orelse)}: the denoising loop has an else"
-    if len(loop.latents) != 1:
-        found = ", ".join(loop.latents) or "no variable"
-        return f"{where}: the loop carries {found} through the scheduler's step"
+    if not loop.latents:
+        return f"{where}: the loop carries no variable through the scheduler's step"
     for jump in loop.other_jumps:
         return f"{module.where(jump)}: a {module.source(jump)} in the denoising loop"
     return ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -64,6 +64,35 @@ def first_step_calls(
     return tuple(replace(call, stepped_rows=rows) for call in calls)
 
 
+def called_each_step(
+    pipeline: Any, kwargs: Mapping[str, Any], names: Iterable[str]
+) -> tuple[str, ...]:
+    """Those of `names` that a step calls; others serve the call as a whole.
+
+    Told by the second step: what a loop calls once at its start is called before the first.
+    Where there is no second step, all of them.
+
+    Args:
+        pipeline: the shrunken stock pipeline.
+        kwargs: of a call with several steps.
+        names: of components that were called before the first step ended.
+    """
+    called: list[str] = []
+    handles = [
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+        for name, module in denoisers(pipeline).items()
+    ]
+    try:
+        with torch.no_grad(), _stop_at_step(pipeline.scheduler, called):
+            pipeline(**kwargs)
+    except _FirstStepDone:
+        return tuple(name for name in names if name in called)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(names)
+
+
 def _recorder(name: str, calls: list[TransformerCall]) -> Any:
     def record(module: nn.Module, args: Any, kwargs: Any) -> None:
         bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
@@ -82,12 +111,24 @@ def copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @contextmanager
-def _stop_at_step(scheduler: Any) -> Iterator[None]:
-    """`scheduler.step` ends the run; its signature stays readable for pipelines that look."""
+def _stop_at_step(scheduler: Any, called: list[str] | None = None) -> Iterator[None]:
+    """`scheduler.step` ends the run; its signature stays readable for pipelines that look.
+
+    Args:
+        scheduler: the pipeline's.
+        called: names of the models called. With it the second step ends the run, and the
+            first forgets them; calls of `step` with no model in between are one step.
+    """
     original = scheduler.step
+    number = 0
 
     @functools.wraps(original)
     def step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal number
+        number += bool(called)
+        if called is not None and number < 2:
+            called.clear()
+            return original(*args, **kwargs)
         bound = inspect.signature(original).bind_partial(*args, **kwargs)
         sample = bound.arguments.get("sample")
         raise _FirstStepDone(None if sample is None else len(sample))

@@ -24,6 +24,8 @@ from porter.source import is_transformer
 BATCHES = (1, 2, 3)
 KwargsOf = Callable[..., Mapping[str, Any]]
 Axes = dict[str, int | str]
+#: The calls of one step, in order.
+_Calls = Sequence[TransformerCall]
 #: Values of one argument, one a batch size, with guidance and without.
 _Values = Sequence[Any]
 
@@ -55,17 +57,31 @@ def measure_guidance(pipeline: Any, kwargs_of: KwargsOf) -> tuple[str, Axes]:
             return "sequential", {}
     if BATCHES[0] not in on or any(_counted(on[b]) != _counted(off[b]) for b in on):
         return "none", {}
-    given = [calls[b][-1].arguments for calls in (on, off) for b in on]
-    axes = _Doubling(tuple(on)).axes("", given[: len(on)], given[len(on) :])
-    if not axes and len(on) > 1 and all(on[b][-1].stepped_rows == b for b in on):
-        # Some guide at any scale: the call has twice the rows that the scheduler steps.
-        always = _Doubling(tuple(on), always=True)
-        axes = always.axes("", given[: len(on)], [None] * len(on))
+    axes = _doubled_axes(on, off)
     if axes and any(on[b][-1].stepped_rows == 2 * b for b in on):
         return "carried", {}
     if ITEMS in axes.values() and _has_padded(axes, on[BATCHES[0]][-1].arguments):
         return "padded", {}
     return ("batched", axes) if axes else ("none", {})
+
+
+def _doubled_axes(on: Mapping[int, _Calls], off: Mapping[int, _Calls]) -> Axes:
+    """The doubled axes of the one call of a step that has any, by batch size.
+
+    Further calls on one branch alone may stand before or behind it.
+    """
+    batches = tuple(on)
+    for place in reversed(range(len(on[batches[0]]))):
+        guided = [on[b][place].arguments for b in batches]
+        plain = [off[b][place].arguments for b in batches]
+        axes = _Doubling(batches).axes("", guided, plain)
+        if not axes and len(on) > 1 and all(on[b][-1].stepped_rows == b for b in on):
+            # Some guide at any scale: the call has twice the rows that the scheduler steps.
+            always = _Doubling(batches, always=True)
+            axes = always.axes("", guided, [None] * len(batches))
+        if axes:
+            return axes
+    return {}
 
 
 def _has_padded(axes: Axes, arguments: Mapping[str, Any]) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from porter.analysis.facts import PipelineFacts, TransformerFacts
 from porter.errors import Refusal
 from porter.parsed import ParsedModule
-from porter.probe.capture import TransformerCall, first_step_calls
+from porter.probe.capture import TransformerCall, called_each_step, first_step_calls
 from porter.probe.guidance import Axes, measure_guidance
 from porter.probe.loop_probe import BATCHED
 from porter.probe.stock import upstream_runs
@@ -58,6 +58,9 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
             expected="a denoising transformer",
         )
     helpers = tuple(name for name in runs[0] if not is_transformer(name))
+    if helpers:
+        kwargs = call_kwargs(pipeline, num_inference_steps=4)
+        helpers = called_each_step(pipeline, kwargs, helpers)
     return PipelineFacts(style, axes, transformers, helpers)
 
 

@@ -53,6 +53,8 @@ _SPATIAL_NAMES = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio")
 _PROMPT_NAMES = ("prompt", "negative_prompt")
 _SOUND_NAMES = ("audio_end_in_s", "audio_duration", "audio_duration_s", "duration")
 _GUIDANCE_NAMES = ("true_cfg_scale", "guidance_scale")
+_SOUND_GUIDANCE = "audio_guidance_scale"
+"""Of the sound beside a video; either scale switches the second branch of both."""
 
 
 def image_sizes(pipeline: Any) -> tuple[tuple[int, int], ...]:
@@ -212,8 +214,13 @@ def _guidance(
     if scale is None:
         return {}
     if not guidance:
-        return {scale: 0.0 if _guides_at_one(pipeline, scale) else 1.0}
-    return {scale: GUIDANCE, "negative_prompt": [NEGATIVE_PROMPT] * batch_size}
+        off = 0.0 if _guides_at_one(pipeline, scale) else 1.0
+        return dict.fromkeys((scale, _SOUND_GUIDANCE), off)
+    return {
+        scale: GUIDANCE,
+        _SOUND_GUIDANCE: GUIDANCE + 1,
+        "negative_prompt": [NEGATIVE_PROMPT] * batch_size,
+    }
 
 
 def _guides_at_one(pipeline: Any, scale: str) -> bool:

@@ -40,6 +40,8 @@ FAULTS: dict[str, tuple[str, ...]] = {
 }
 #: Of any split of the tokens, where the model has masks at all.
 MASK_FAULT = "mask_dropped"
+#: Of stages, where the loop carries several latents.
+LATENTS_FAULT = "further_latents_dropped"
 #: Those that break the kernel of the attention: none of a model whose attention is a sum.
 KERNEL_FAULTS = ("ring_exchange_dropped", "ulysses_exchange_dropped", "key_doubled")
 #: Of any split of the tokens, by what the blocks do with them.
@@ -58,15 +60,22 @@ class Mechanisms:
         kernels: whether attention kernels see the keys of other ranks.
         masks: whether dropping the masks changes stock's result.
         mixing: keys of `MIXING_FAULTS`, in their order.
+        several_latents: whether the loop steps more than one tensor.
     """
 
     kernels: bool = True
     masks: bool = False
     mixing: tuple[str, ...] = ()
+    several_latents: bool = False
 
     @classmethod
-    def of(cls, transformers: Mapping[str, Any]) -> Mechanisms:
-        """From the measured facts of a port's transformers, as the lock keeps them."""
+    def of(cls, transformers: Mapping[str, Any], latents: int = 1) -> Mechanisms:
+        """From the measured facts of a port's transformers, as the lock keeps them.
+
+        Args:
+            transformers: by component.
+            latents: how many of them the loop carries.
+        """
         found = [item.get("mixing", {}) for item in transformers.values()]
         keys = [k for item in transformers.values() for k in item["attention"].values()]
         return cls(
@@ -74,6 +83,7 @@ class Mechanisms:
             mixing=tuple(
                 name for name in MIXING_FAULTS if any(item.get(name) for item in found)
             ),
+            several_latents=latents > 1,
         )
 
 
@@ -104,6 +114,7 @@ def _faults_of(kind: str, has: Mechanisms) -> tuple[str, ...]:
         fault for fault in FAULTS[kind] if has.kernels or fault not in KERNEL_FAULTS
     )
     if kind not in _OF_TOKENS:
-        return faults
+        several = kind == "pp" and has.several_latents
+        return (*faults, LATENTS_FAULT) if several else faults
     mixing = tuple(MIXING_FAULTS[name] for name in has.mixing)
     return faults + mixing if has.kernels else mixing + faults

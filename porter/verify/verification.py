@@ -17,6 +17,7 @@ import torch
 from porter import source
 from porter.errors import PorterError
 from porter.lock import read_lock
+from porter.port import read_pipeline
 from porter.shrink import make_checkpoint
 from porter.shrink.sizes import BLOCKS
 from porter.shrink.torchvision_names import provide
@@ -103,9 +104,13 @@ def verify_pipeline(
 
 
 def _mechanisms(name: str, generated: Path) -> Mechanisms:
-    """What the port does with split tokens, from the facts in its lock."""
+    """What the port does with split tokens and latents: from its lock and its source."""
     entry = read_lock(generated).ports.get(name, {})
-    return Mechanisms.of(entry.get("facts", {}).get("transformers", {}))
+    loop = read_pipeline(name)[1].rewritten_loop
+    return Mechanisms.of(
+        entry.get("facts", {}).get("transformers", {}),
+        latents=1 if loop is None else len(loop.latents),
+    )
 
 
 @dataclass

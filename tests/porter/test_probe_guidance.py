@@ -48,6 +48,9 @@ class Pipeline:
         else:
             scale = {"of": torch.zeros(2, batch * twice)}
             transformer(x, ids, scale=scale, control=control)
+        if self.style == "further calls":
+            transformer(latents, ids)
+            transformer(latents, ids)
         self.scheduler.step(None, 0, latents)
 
 
@@ -59,6 +62,7 @@ class Pipeline:
         ("lists and tokens", ("padded", {})),
         ("tokens", ("batched", {"x": 0, "scale.of": 1, "control.0": 0})),
         ("always", ("batched", {"x": 0, "scale.of": 1})),
+        ("further calls", ("batched", {"x": 0, "scale.of": 1})),
         ("two calls", ("sequential", {})),
         ("two calls always", ("sequential", {})),
     ],

@@ -32,7 +32,7 @@ from xfuser_runtime.layers.attention import reset_kv_caches
 from xfuser_runtime.pipelines import cfg, guiders
 from xfuser_runtime.pipelines.components import wrapped_transformers
 from xfuser_runtime.pipelines.data_parallel import enable_data_parallel
-from xfuser_runtime.pipelines.denoising_loop import DenoisingLoop
+from xfuser_runtime.pipelines.denoising_loop import DenoisingLoop, Latents
 from xfuser_runtime.pipelines.loading import own_components
 from xfuser_runtime.proofs import refuse_lacking, used_kinds
 from xfuser_runtime.randomness import same_randomness
@@ -182,25 +182,31 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
         """One pass for each patch of each step that `_sync_pipeline` left (PipeFusion)."""
         yield from self._watched(self._loop.async_steps())
 
-    def _receive_patch(self, latents: torch.Tensor) -> torch.Tensor:
-        """The latents this pass starts from; see `DenoisingLoop.receive`."""
-        return self._loop.receive(latents)
+    def _receive_patch(self, *latents: torch.Tensor) -> Any:
+        """The latents this pass starts from; see `DenoisingLoop.receive`.
 
-    def _commit_patch(
-        self, before: torch.Tensor, latents: torch.Tensor
-    ) -> torch.Tensor:
+        Several come back as a tuple, one bare.
+        """
+        return _bare(self._loop.receive(*latents))
+
+    def _commit_patch(self, before: Any, *latents: torch.Tensor) -> Any:
         """The latents after this pass; see `DenoisingLoop.commit`.
+
+        Args:
+            before: what `_receive_patch` returned.
+            latents: as the body left them.
 
         Raises:
             RuntimeError: when no transformer call of the pass entered generated code (a
                 hook installed before wrapping still calls upstream's forward, say).
         """
         _check_entered(get_runtime_state().call_index)
-        return self._loop.commit(before, latents)
+        held = before if isinstance(before, tuple) else (before,)
+        return _bare(self._loop.commit(held, latents))
 
-    def _skip_patch(self, latents: torch.Tensor) -> torch.Tensor:
+    def _skip_patch(self, *latents: torch.Tensor) -> Any:
         """The latents after a pass that the loop leaves out: as they were received."""
-        return self._loop.commit(latents, latents)
+        return _bare(self._loop.commit(latents, latents))
 
     def _step_is_complete(self) -> bool:
         """True in the last pass of a step: callbacks and the progress bar run once a step."""
@@ -327,6 +333,10 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
         device = self._execution_device  # type: ignore[attr-defined]
         wanted = torch.tensor(int(bool(attributes["_interrupt"])), device=device)
         attributes["_interrupt"] = bool(all_reduce_max(wanted, group))
+
+
+def _bare(latents: Latents) -> Any:
+    return latents[0] if len(latents) == 1 else latents
 
 
 def _check_entered(counter: int) -> None:

@@ -9,7 +9,7 @@ whole latents to every stage at the end of a step when a callback wants to see t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ import torch
 from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.collectives import P2PChannel, broadcast
 from xfuser_runtime.distributed.runtime_state import RuntimeState
+
+Latents = tuple[torch.Tensor, ...]
+"""What a loop carries: most often one tensor."""
 
 
 class DenoisingLoop:
@@ -53,7 +56,7 @@ class DenoisingLoop:
             P2PChannel(self._group, feedback=True) if self._num_stages > 1 else None
         )
         self._next_is_whole = False
-        self._committed: dict[int | None, torch.dtype] = {}
+        self._committed: dict[int | None, list[torch.dtype]] = {}
 
     def sync_steps(self) -> Iterator[Any]:
         """Whole passes over the warm-up steps, over all steps when `sync_only`."""
@@ -88,16 +91,16 @@ class DenoisingLoop:
         patch = self._state.patch
         return patch is None or patch == self._num_patches - 1
 
-    def receive(self, latents: torch.Tensor) -> torch.Tensor:
+    def receive(self, *latents: torch.Tensor) -> Latents:
         """The latents that this pass starts from.
 
         The first stage takes what the last stage committed one step ago; other stages go
         on with what they hold.
         """
         state = self._state
-        state.latents_shape = tuple(latents.shape)
+        state.latents_shape = tuple(latents[0].shape)
         step, patch = state.step, state.patch
-        state.first_latents = latents if step == 0 else None
+        state.first_latents = latents[0] if step == 0 else None
         if (
             self._channel is None
             or self.has_callback
@@ -111,31 +114,44 @@ class DenoisingLoop:
             return latents
         region = state.latent_slice
         assert region is not None
-        rows = self._receive_like(region.narrow(latents), self._committed[patch])
-        return region.write(latents, rows)
+        held = [region.narrow(each) for each in latents]
+        rows = self._receive_like(held, self._committed[patch])
+        return tuple(map(region.write, latents, rows))
 
-    def _receive_like(self, like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """What the last stage sent of a pass, of the type that this stage committed too."""
+    def _receive_like(
+        self, like: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]
+    ) -> Latents:
+        """What the last stage sent of a pass, of the types that this stage committed too."""
         assert self._channel is not None
-        buffer = torch.empty_like(
-            like, dtype=dtype, memory_format=torch.contiguous_format
-        )
-        return self._channel.recv(buffer, self._num_stages - 1).to(like.dtype)
+        received = []
+        for each, dtype in zip(like, dtypes, strict=True):
+            buffer = torch.empty_like(
+                each, dtype=dtype, memory_format=torch.contiguous_format
+            )
+            source = self._num_stages - 1
+            received.append(self._channel.recv(buffer, source).to(each.dtype))
+        return tuple(received)
 
-    def commit(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    def commit(self, before: Latents, after: Latents) -> Latents:
         """What the body made of the latents, taken over for this pass's region only.
 
-        The latents get the data type that the body gave them, on every stage.
+        The latents get the data types that the body gave them, on every stage.
 
         Args:
             before: whole latents at the start of the pass.
             after: whole latents as the body left them (after a blend, say).
         """
-        region = self._state.latent_slice
         if self._channel is None:
             return after
-        self._committed[self._state.patch] = after.dtype
-        latents = before.to(after.dtype)
+        self._committed[self._state.patch] = [each.dtype for each in after]
+        return tuple(
+            self._committed_one(old.to(new.dtype), new)
+            for old, new in zip(before, after, strict=True)
+        )
+
+    def _committed_one(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+        assert self._channel is not None
+        region, latents = self._state.latent_slice, before
         if self._is_last:
             if region is None:
                 latents = sent = after

@@ -266,9 +266,21 @@ def _stage_feedback_dropped(fault: Fault) -> None:
     """The first stage never sees what the last stage made of the latents."""
 
     def broken(original: Callable[..., Any]) -> Callable[..., Any]:
-        def receive(self: Any, latents: torch.Tensor) -> torch.Tensor:
-            original(self, latents)
+        def receive(self: Any, *latents: torch.Tensor) -> Any:
+            original(self, *latents)
             return latents
+
+        return receive
+
+    fault.replace(DenoisingLoop, "receive", broken)
+
+
+def _further_latents_dropped(fault: Fault) -> None:
+    """Of several latents, the first stage sees what the last made of the first alone."""
+
+    def broken(original: Callable[..., Any]) -> Callable[..., Any]:
+        def receive(self: Any, *latents: torch.Tensor) -> Any:
+            return original(self, *latents)[:1] + latents[1:]
 
         return receive
 
@@ -330,6 +342,7 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "replica_rows_swapped": _replica_rows_swapped,
     "stage_hand_over_dropped": _stage_hand_over_dropped,
     "stage_feedback_dropped": _stage_feedback_dropped,
+    "further_latents_dropped": _further_latents_dropped,
     "stale_cache_frozen": _stale_cache_frozen,
     "scheduler_stepped_twice": _scheduler_stepped_twice,
 }

@@ -7,6 +7,7 @@ Emit:     an iterator of warm-up passes and of patch passes, the receive at the 
           body (below the interrupt check) and the commit above the tail, which runs once
           a step.  Where a test leaves a step out by `continue`, its pass hands over the
           latents as they are; before a `break` on interruption all ranks agree on it.
+          Several latents, each with a scheduler, are received and committed together.
 Manual:   1.1 step 4. The manual moves the loop's body into the base class; here it stays
           in its frame, because callbacks read `locals()`, and its iterator does the work.
 """
@@ -72,8 +73,8 @@ class DenoisingLoopPasses(Rule[PipelineContext]):
 
     def _skip(self, module: ParsedModule, loop: DenoisingLoop, test: cst.If) -> Edit:
         """A pass that is left out hands over what it received."""
-        (name,) = loop.latents
-        text = f"{name} = self._skip_patch({name})\n{_TAIL}"
+        names = ", ".join(loop.latents)
+        text = f"{names} = self._skip_patch({names})\n{_TAIL}"
         return self.insert_before(module, statements(test.body)[0], text, at=loop.loop)
 
     def expected(self, module: ParsedModule, facts: PipelineContext) -> tuple[int, int]:
@@ -82,11 +83,12 @@ class DenoisingLoopPasses(Rule[PipelineContext]):
         return wanted, wanted
 
     def _receive(self, module: ParsedModule, loop: DenoisingLoop) -> Edit:
-        (name,) = loop.latents
-        text = f"{_BEFORE} = {name} = self._receive_patch({name})"
+        names = ", ".join(loop.latents)
+        text = f"{_BEFORE} = {names} = self._receive_patch({names})"
         if loop.in_place:
             # The body stores into the latents: what it started from must be a copy.
-            text = f"{name} = self._receive_patch({name})\n{_BEFORE} = {name}.clone()"
+            copies = ", ".join(f"{name}.clone()" for name in loop.latents)
+            text = f"{names} = self._receive_patch({names})\n{_BEFORE} = {copies}"
         if loop.interrupt is not None:
             return self.insert_after(
                 module, loop.interrupt, text, at=loop.loop, blank=True
@@ -94,8 +96,8 @@ class DenoisingLoopPasses(Rule[PipelineContext]):
         return self.insert_before(module, loop.body[0], text, at=loop.loop, blank=True)
 
     def _commit(self, module: ParsedModule, loop: DenoisingLoop) -> Edit:
-        (name,) = loop.latents
-        commit = f"{name} = self._commit_patch({_BEFORE}, {name})"
+        names = ", ".join(loop.latents)
+        commit = f"{names} = self._commit_patch({_BEFORE}, {names})"
         if not loop.tail:
             return self.insert_after(
                 module, loop.body[-1], commit, at=loop.loop, blank=True

@@ -2,7 +2,7 @@
 
 Match:    the block calls of each region, with the gradient-checkpoint branch before them.
 Emit:     the call under `if region.owns(block):`; the checkpoint branch, which never runs
-          under inference, is gone.
+          under inference, is gone but for its comments.
 Manual:   2 (in the manual the block list is cut instead)
 
 The block list keeps its length and the rest of the body runs on every stage, because
@@ -18,7 +18,7 @@ import libcst as cst
 from porter.analysis.block_loops import BlockCall, BlockLoop
 from porter.analysis.forward import Forward
 from porter.errors import RuleError
-from porter.parsed import ParsedModule
+from porter.parsed import ParsedModule, find
 from porter.rules.base import Edit, Rule
 
 
@@ -85,7 +85,10 @@ class BlockGuard(Rule[Forward]):
     def _header_of_other_branch(
         self, module: ParsedModule, test: cst.If, header: str, at: cst.CSTNode
     ) -> Edit:
-        """Everything from `if` to the line before the other branch's body is `header`."""
+        """Everything from `if` to the line before the other branch's body is `header`.
+
+        Comments in what is dropped stand above it.
+        """
         branch = test.orelse
         if branch is None or (isinstance(branch, cst.If) and branch.orelse is not None):
             raise RuleError(
@@ -97,4 +100,10 @@ class BlockGuard(Rule[Forward]):
         assert isinstance(first, cst.SimpleStatementLine | cst.BaseCompoundStatement)
         start = module.span(test)[0]
         end = module.line_start(module.first_line(first)) - 1
-        return self._edit(module, start, end, header, at)
+        kept = [
+            comment.value
+            for comment in find(test, cst.Comment)
+            if start <= module.span(comment)[0] < end
+        ]
+        text = ("\n" + module.indentation(test)).join([*kept, header])
+        return self._edit(module, start, end, text, at)
