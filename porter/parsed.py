@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeVar
 
 import libcst as cst
 from libcst.metadata import (
     CodeRange,
     MetadataWrapper,
-    ParentNodeProvider,
     PositionProvider,
 )
 
@@ -77,7 +76,7 @@ class ParsedModule:
 
     @cached_property
     def _parents(self) -> Mapping[cst.CSTNode, cst.CSTNode]:
-        return self._wrapper.resolve(ParentNodeProvider)
+        return {child: node for node in walk(self.tree) for child in children_of(node)}
 
     @cached_property
     def _line_starts(self) -> list[int]:
@@ -220,11 +219,20 @@ def _blanked(text: str, only: str) -> str:
     return "".join(lines)
 
 
+# The library makes the list anew each time, by a visitor.
+@lru_cache(maxsize=1 << 18)
+def children_of(node: cst.CSTNode) -> tuple[cst.CSTNode, ...]:
+    """What a node holds directly, the last first."""
+    return tuple(reversed(node.children))
+
+
 def walk(node: cst.CSTNode) -> Iterator[cst.CSTNode]:
     """A node and everything below it, in the order of the source."""
-    yield node
-    for child in node.children:
-        yield from walk(child)
+    waiting = [node]
+    while waiting:
+        each = waiting.pop()
+        yield each
+        waiting += children_of(each)
 
 
 def find(node: cst.CSTNode, kind: type[Node]) -> Iterator[Node]:

@@ -21,6 +21,8 @@ from porter.probe.instrument import Probes, instrumented_forward
 from porter.probe.leaves import tensor_leaves
 from porter.verify.hooks import AttentionCall, replaced_attention
 
+Part = tuple[int, int, int]
+"""Some latents: an axis, the first index along it, and the one behind the last."""
 Streams = dict[str, dict[str, torch.Tensor]]
 """The carried tensors at each loop, by block list and name."""
 
@@ -119,7 +121,7 @@ class LatentProbe:
             ),
             ("", None),
         )
-        self._seen: dict[tuple[int, int, int] | None, Streams] = {}
+        self._seen: dict[tuple[Part, ...], Streams] = {}
 
     @property
     def extent(self) -> int:
@@ -136,7 +138,7 @@ class LatentProbe:
         tokens = self._touched(blocks, name, dim, (0, 0, self._latents.shape[0]))
         if not tokens or tokens[-1] - tokens[0] + 1 != len(tokens):
             return None
-        length = self._streams(None)[blocks][name].shape[dim]
+        length = self._streams()[blocks][name].shape[dim]
         return Place(tokens[0], tokens[-1] + 1, length)
 
     def rows(self, blocks: str, name: str, dim: int) -> tuple[tuple[int, int], ...]:
@@ -190,22 +192,32 @@ class LatentProbe:
     def _in_order(
         self, blocks: str, name: str, dim: int, axis: int, step: int, place: Place
     ) -> bool:
-        """True when each slice along `axis` is the next run of tokens."""
+        """True when each slice along `axis` is the next run of tokens.
+
+        Slices are told apart by the binary digits of their numbers: of the slices whose
+        digit is 1, and of those whose digit is 0, exactly the tokens must change.  A token
+        that another slice reached as well would show at a digit in which the two differ.
+        """
         assert self._latents is not None
         count = self._latents.shape[axis] // step
         share, rest = divmod(place.stop - place.start, count)
-        return rest == 0 and all(
-            self._touched(blocks, name, dim, (axis, row * step, (row + 1) * step))
-            == list(range(place.start + row * share, place.start + (row + 1) * share))
-            for row in range(count)
-        )
+        if rest:
+            return False
+        for digit in range(count.bit_length()):
+            for value in (0, 1):
+                rows = [row for row in range(count) if row >> digit & 1 == value]
+                parts = tuple((axis, row * step, (row + 1) * step) for row in rows)
+                tokens = [
+                    place.start + row * share + i for row in rows for i in range(share)
+                ]
+                if parts and self._touched(blocks, name, dim, *parts) != tokens:
+                    return False
+        return True
 
-    def _touched(
-        self, blocks: str, name: str, dim: int, part: tuple[int, int, int]
-    ) -> list[int]:
-        """Tokens of a stream that change with the latents' part (axis, start, stop)."""
-        before = self._streams(None).get(blocks, {}).get(name)
-        after = self._streams(part).get(blocks, {}).get(name)
+    def _touched(self, blocks: str, name: str, dim: int, *parts: Part) -> list[int]:
+        """Tokens of a stream that change with parts of the latents."""
+        before = self._streams().get(blocks, {}).get(name)
+        after = self._streams(*parts).get(blocks, {}).get(name)
         if before is None or after is None or before.shape != after.shape:
             return []
         others = [d for d in range(before.ndim) if d != dim]
@@ -213,17 +225,16 @@ class LatentProbe:
         found: list[int] = changed.nonzero().flatten().tolist()
         return found
 
-    def _streams(self, part: tuple[int, int, int] | None) -> Streams:
-        """The streams of a run with a part of the latents changed; None changes nothing."""
-        if part not in self._seen:
+    def _streams(self, *parts: Part) -> Streams:
+        """The streams of a run with parts of the latents changed."""
+        if parts not in self._seen:
             arguments = self._arguments
-            if part is not None:
+            if parts:
                 assert self._latents is not None
-                arguments = _replaced(
-                    arguments, self._path, _moved(self._latents, part)
-                )
-            self._seen[part] = self._run(arguments)
-        return self._seen[part]
+                moved = _moved(self._latents, parts)
+                arguments = _replaced(arguments, self._path, moved)
+            self._seen[parts] = self._run(arguments)
+        return self._seen[parts]
 
     def _run(self, arguments: Mapping[str, Any]) -> Streams:
         seen: Streams = {}
@@ -244,12 +255,13 @@ class LatentProbe:
         return seen
 
 
-def _moved(latents: torch.Tensor, part: tuple[int, int, int]) -> torch.Tensor:
-    axis, start, stop = part
+def _moved(latents: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
     moved = latents.clone()
-    region = moved.narrow(axis, start, stop - start)
-    noise = torch.randn(region.shape, generator=torch.Generator().manual_seed(0))
-    region.add_(noise.to(region.dtype))
+    generator = torch.Generator().manual_seed(0)
+    for axis, start, stop in parts:
+        region = moved.narrow(axis, start, stop - start)
+        noise = torch.randn(region.shape, generator=generator)
+        region.add_(noise.to(region.dtype))
     return moved
 
 

@@ -26,6 +26,8 @@ Origin = tuple[Leaf, int]
 Rows = tuple[Origin, ...] | None
 """Origins of all rows of a value; None where they are unclear."""
 Swap = Callable[[str, Any], Any]
+#: Owners of numbers that no row depends on, and of those that several do.
+_NONE, _ALL = -(1 << 40), -(1 << 41)
 
 
 class KeyOrigins:
@@ -156,16 +158,16 @@ class KeyOrigins:
         if not value.requires_grad:
             return ()
         every = range(value.shape[-2]) if chosen is None else chosen
-        rows = [list(self._touched(value, row)) for row in every]
+        rows = self._touched_by_rows(value, every)
         if not any(rows):
             return ()
         found: list[Origin | None] = []
         for touched in rows:
             origins = [
                 (leaf, index)
-                for leaf, gradient in touched
+                for leaf, reached in touched
                 if leaf in self._axes
-                for index in _indices(gradient, self._axes[leaf])
+                for index in _indices(reached, self._axes[leaf])
             ]
             origins = [o for o in origins if o[0][0] in self._carried] or origins
             if len(origins) > 1:
@@ -183,16 +185,68 @@ class KeyOrigins:
         # Part of a context of one length, which the loop neither carries nor cuts.
         return () if leaves and not leaves & self._axes.keys() else None
 
+    def _touched_by_rows(
+        self, value: torch.Tensor, rows: Sequence[int]
+    ) -> list[list[tuple[Leaf, torch.Tensor]]]:
+        """For each row of `value` the leaves that it depends on, and which numbers of each.
+
+        Rows are told apart by the binary digits of their places, a few gradients for all
+        of them.  That fails where two rows depend on one number of a stream; each row then
+        gets a gradient of its own.
+        """
+        owners = self._owners(value, rows)
+        if owners is None:
+            return [list(self._touched(value, [row])) for row in rows]
+        return [
+            [
+                (leaf, mine)
+                for leaf, owner in owners.items()
+                if (mine := (owner == place) | (owner == _ALL)).any()
+            ]
+            for place in range(len(rows))
+        ]
+
+    def _owners(
+        self, value: torch.Tensor, rows: Sequence[int]
+    ) -> dict[Leaf, torch.Tensor] | None:
+        """For each number of a leaf the place of the row that depends on it, or `_NONE`.
+
+        A leaf outside the token axes with a number that several rows depend on is `_ALL`
+        throughout; None if a leaf with a token axis has one.
+        """
+        owners: dict[Leaf, torch.Tensor] = {}
+        several: set[Leaf] = set()
+        for digit in range(len(rows).bit_length()):
+            sets: list[list[int]] = [[], []]
+            for place, row in enumerate(rows):
+                sets[place >> digit & 1].append(row)
+            zero, one = (dict(self._touched(value, each)) for each in sets)
+            for leaf in {*zero, *one}:
+                nothing = torch.zeros_like(self._leaves[leaf], dtype=torch.bool)
+                of_zero, of_one = zero.get(leaf, nothing), one.get(leaf, nothing)
+                reached = of_zero | of_one
+                owner = owners.setdefault(leaf, torch.where(reached, 0, _NONE))
+                if (of_zero & of_one).any() or ((owner >= 0) != reached).any():
+                    several.add(leaf)
+                owner += of_one.long() << digit
+        if several & self._axes.keys():
+            return None
+        for leaf in several:
+            owners[leaf].fill_(_ALL)
+        return owners
+
     def _touched(
-        self, value: torch.Tensor, row: int
+        self, value: torch.Tensor, rows: Sequence[int]
     ) -> Iterator[tuple[Leaf, torch.Tensor]]:
-        """The leaves that a row of `value` depends on, with their gradients' sizes."""
-        chosen = value[..., row, :].double()
+        """The leaves that rows of `value` depend on, and which numbers of each (bool)."""
+        if not rows:
+            return
+        chosen = value[..., list(rows), :].double()
         # Around numbers of no pattern: rows of zeros, as padding often is, depend on their
         # token too, and a norm keeps the sum of squares.
         noise = torch.randn(
             chosen.shape,
-            generator=torch.Generator().manual_seed(row),
+            generator=torch.Generator().manual_seed(rows[0]),
             dtype=torch.double,
         )
         gradients = torch.autograd.grad(
@@ -203,7 +257,7 @@ class KeyOrigins:
         )
         for leaf, gradient in zip(self._leaves, gradients, strict=True):
             if gradient is not None and gradient.any():
-                yield leaf, gradient.abs()
+                yield leaf, gradient != 0
 
     def _fixed_origins(
         self, rows: list[list[tuple[Leaf, torch.Tensor]]]
@@ -216,8 +270,8 @@ class KeyOrigins:
         order = [[index] for index in range(len(rows))]
         found = [
             (leaf, dim)
-            for leaf, gradient in (rows[0] if len(rows) > 1 else ())
-            for dim in range(gradient.ndim)
+            for leaf, reached in (rows[0] if len(rows) > 1 else ())
+            for dim in range(reached.ndim)
             if [_indices(g, dim) for row in rows for other, g in row if other == leaf]
             == order
         ]
@@ -232,10 +286,10 @@ class _BlockDone(Exception):
     """Ends the run once the block has been watched."""
 
 
-def _indices(gradient: torch.Tensor, dim: int) -> list[int]:
-    """Rows along `dim` with any gradient."""
-    others = [d for d in range(gradient.ndim) if d != dim]
-    rows: list[int] = gradient.abs().sum(dim=others).nonzero().flatten().tolist()
+def _indices(touched: torch.Tensor, dim: int) -> list[int]:
+    """Rows along `dim` in which anything is true."""
+    others = [d for d in range(touched.ndim) if d != dim]
+    rows: list[int] = touched.long().sum(dim=others).nonzero().flatten().tolist()
     return rows
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from . import sizes, stand_ins, table, text
 from .channels import Channels, agreed_channels
 from .errors import ShrinkError
+from .sources import source_of
 from .tokenizers import is_processor, make_tokenizer, tokenizer_for
 from .weights import enliven
 
@@ -137,7 +138,7 @@ class Components:
 
             cls = diffusers.DPMSolverMultistepScheduler
         parameters = inspect.signature(cls.__init__).parameters
-        source = inspect.getsource(self.pipeline_class)
+        source = source_of(self.pipeline_class)
         if "calculate_shift(" in source and "use_dynamic_shifting" in parameters:
             # Released schedulers of pipelines that compute `mu` shift dynamically.
             changes.setdefault("use_dynamic_shifting", True)

@@ -23,6 +23,7 @@ from .media import (
     videos,
 )
 from .pictures import mask, picture, pictures
+from .sources import source_of
 
 TOKEN_ROWS = ((8, 8), (6, 14), (7, 9))
 """Token rows and columns of the picture sizes: even, wide, odd."""
@@ -186,7 +187,7 @@ def _frames(
 
 def _known_output(pipeline: Any, output_type: str) -> str:
     """Decoded tensors where a pipeline cannot return its latents."""
-    text = inspect.getsource(inspect.unwrap(type(pipeline).__call__))
+    text = source_of(inspect.unwrap(type(pipeline).__call__))
     return "pt" if output_type == "latent" and '"latent"' not in text else output_type
 
 

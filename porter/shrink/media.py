@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 from . import table_moving
+from .sources import source_of
 
 LATENT_FRAMES = (5, 7, 5)
 """Latent frames of a video at each picture size: more than a 4-fold cut into patches
@@ -92,7 +93,7 @@ def videos(
         Lists of pictures, or tensors (B, C, F, H, W) from 0 to 1 where the hint says so.
     """
     found: dict[str, Any] = {}
-    source = inspect.getsource(pipeline_class)
+    source = source_of(pipeline_class)
     call = inspect.signature(pipeline_class.__call__)
     for name, parameter in call.parameters.items():
         required = parameter.default is parameter.empty
@@ -116,7 +117,7 @@ def takes_one(pipeline_class: type, name: str) -> bool:
     check = getattr(pipeline_class, "check_inputs", None)
     if check is None:
         return False
-    tree = ast.parse(textwrap.dedent(inspect.getsource(check)))
+    tree = ast.parse(textwrap.dedent(source_of(check)))
     kinds = {
         ast.unparse(node.args[1])
         for node in ast.walk(tree)

@@ -7,12 +7,12 @@ shrunk alike.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from .errors import ShrinkError
+from .sources import source_of
 
 LAYERS = 2
 HEADS = 4
@@ -78,7 +78,7 @@ def encoder_config(
     small = _shrunk(given, width, layers)
     if tokenizer is not None:
         _fit_vocabulary(small, given, tokenizer)
-    source = inspect.getsource(sys.modules[cls.__module__])
+    source = source_of(sys.modules[cls.__module__])
     if "mrope_section" in source or "vision_config" in given:
         _fit_rope_sections(small.get("text_config", small), given, width)
     for name, value in changes.items():
