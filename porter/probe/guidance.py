@@ -30,12 +30,15 @@ _Calls = Sequence[TransformerCall]
 _Values = Sequence[Any]
 
 
-def measure_guidance(pipeline: Any, kwargs_of: KwargsOf) -> tuple[str, Axes]:
+def measure_guidance(
+    pipeline: Any, kwargs_of: KwargsOf, batches: Sequence[int] = BATCHES
+) -> tuple[str, Axes]:
     """The style of guidance of the transformers' calls and, for a batched call, the doubled axes.
 
     Args:
         pipeline: the shrunken stock pipeline.
         kwargs_of: makes call arguments from `batch_size` and `guidance`.
+        batches: what `batch_size` to ask for, 1 first.
 
     Returns:
         ("batched", axes by argument path), ("sequential", {}), ("carried", {}) where the
@@ -45,7 +48,7 @@ def measure_guidance(pipeline: Any, kwargs_of: KwargsOf) -> tuple[str, Axes]:
     """
     on: dict[int, tuple[TransformerCall, ...]] = {}
     off: dict[int, tuple[TransformerCall, ...]] = {}
-    for batch in BATCHES:
+    for batch in batches:
         try:
             guided = _calls(pipeline, kwargs_of, batch, True)
             off[batch] = _calls(pipeline, kwargs_of, batch, False)
@@ -53,14 +56,14 @@ def measure_guidance(pipeline: Any, kwargs_of: KwargsOf) -> tuple[str, Axes]:
             # Stock itself fails at this batch size.
             continue
         on[batch] = guided
-        if batch == BATCHES[0] and _makes_two_calls(on[batch], off[batch]):
+        if batch == batches[0] and _makes_two_calls(on[batch], off[batch]):
             return "sequential", {}
-    if BATCHES[0] not in on or any(_counted(on[b]) != _counted(off[b]) for b in on):
+    if batches[0] not in on or any(_counted(on[b]) != _counted(off[b]) for b in on):
         return "none", {}
     axes = _doubled_axes(on, off)
     if axes and any(on[b][-1].stepped_rows == 2 * b for b in on):
         return "carried", {}
-    if ITEMS in axes.values() and _has_padded(axes, on[BATCHES[0]][-1].arguments):
+    if ITEMS in axes.values() and _has_padded(axes, on[batches[0]][-1].arguments):
         return "padded", {}
     return ("batched", axes) if axes else ("none", {})
 

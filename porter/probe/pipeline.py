@@ -13,11 +13,11 @@ from porter.analysis.facts import PipelineFacts, TransformerFacts
 from porter.errors import Refusal
 from porter.parsed import ParsedModule
 from porter.probe.capture import TransformerCall, called_each_step, first_step_calls
-from porter.probe.guidance import Axes, measure_guidance
+from porter.probe.guidance import BATCHES, Axes, measure_guidance
 from porter.probe.loop_probe import BATCHED
 from porter.probe.stock import upstream_runs
 from porter.probe.transformer import probe_transformer
-from porter.shrink import call_kwargs, image_sizes, make_checkpoint
+from porter.shrink import call_kwargs, image_sizes, make_checkpoint, takes_one_prompt
 from porter.source import is_transformer
 
 VARIANTS = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1))
@@ -93,7 +93,8 @@ def _measured_runs(
         width=sizes[0][1],
         num_inference_steps=2,
     )
-    style, axes = measure_guidance(pipeline, kwargs_of)
+    batches = BATCHES[:1] if takes_one_prompt(pipeline) else BATCHES
+    style, axes = measure_guidance(pipeline, kwargs_of, batches)
     runs = []
     for size, text in VARIANTS:
         with _own_size(pipeline, size):

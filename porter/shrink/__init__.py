@@ -2,7 +2,7 @@
 
 from .checkpoint import component_hints, make_checkpoint, make_pipeline
 from .errors import ShrinkError
-from .kwargs import call_kwargs, image_sizes
+from .kwargs import call_kwargs, image_sizes, takes_one_prompt
 from .weights import enliven
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "image_sizes",
     "make_checkpoint",
     "make_pipeline",
+    "takes_one_prompt",
 ]

@@ -74,6 +74,11 @@ def image_sizes(pipeline: Any) -> tuple[tuple[int, int], ...]:
     return tuple((rows * cell, columns * cell) for rows, columns in tokens)
 
 
+def takes_one_prompt(pipeline: Any) -> bool:
+    """Whether calls of ``pipeline`` have one prompt, whatever batch is asked for."""
+    return type(pipeline).__name__ in table.ONE_PROMPT | table_moving.ONE_PROMPT
+
+
 def call_kwargs(
     pipeline: Any,
     *,
@@ -111,7 +116,7 @@ def call_kwargs(
     frames = own.get("num_frames") or frame_count(pipeline, number)
     duration = seconds(pipeline, math.prod(TOKEN_ROWS[number]))
     texts = PROMPTS[text]
-    one = class_name in table.ONE_PROMPT | table_moving.ONE_PROMPT
+    one = takes_one_prompt(pipeline)
     batch_size = 1 if one else batch_size
     prompts = [texts[i % len(texts)] for i in range(batch_size)]
     if form := table.PROMPT_FORMS.get(class_name):

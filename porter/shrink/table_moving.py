@@ -363,6 +363,8 @@ CALLS_OF: dict[str, dict[str, Any]] = {
         ),
         {"base_num_frames": 13, "overlap_history": 5},
     ),
+    # Two windows along a video, or more.
+    "LTXI2VLongMultiPromptPipeline": {"temporal_tile_size": 24, "temporal_overlap": 8},
     # Compression of the picture by a codec that is no dependency.
     "LTX2ImageToVideoPipeline": {"image_crf": 0},
 }
@@ -408,6 +410,7 @@ GIVEN: dict[str, frozenset[str]] = {
     ),
     "LTXImageToVideoPipeline": frozenset({"image"}),
     "LTXConditionPipeline": frozenset({"image"}),
+    "LTXI2VLongMultiPromptPipeline": frozenset({"cond_image"}),
     "LTX2ImageToVideoPipeline": frozenset({"image"}),
 }
 """Optional media that a call gets, by pipeline."""

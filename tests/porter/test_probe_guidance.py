@@ -74,6 +74,15 @@ def test_styles(style: str, expected: Any) -> None:
     assert measure_guidance(Pipeline(style), kwargs_of) == expected
 
 
+def test_a_pipeline_of_one_prompt_is_asked_for_one() -> None:
+    def kwargs_of(*, batch_size: int, guidance: bool) -> dict[str, Any]:
+        return {"batch": 1, "guided": guidance}
+
+    expected = ("batched", {"x": 0, "scale.of": 1})
+    assert measure_guidance(Pipeline("one call"), kwargs_of) == ("none", {})
+    assert measure_guidance(Pipeline("one call"), kwargs_of, (1,)) == expected
+
+
 def test_nothing_doubled_is_no_guidance() -> None:
     def kwargs_of(*, batch_size: int, guidance: bool) -> dict[str, Any]:
         return {"batch": batch_size, "guided": False}

@@ -1,7 +1,9 @@
 """The runtime learns the size of this run.
 
 Match:    the statements of `__call__` that settle the batch size (and height and width).
-Landmark: after the last of them and before the prompt is encoded; before the loop.
+Landmark: after the last of them and before the prompt is encoded; before the loop. Where
+          one prompt alone is taken, in windows around a loop that stays upstream's: above
+          the windows.
 Emit:     `get_runtime_state().set_input_parameters(...)` with those of height, width,
           batch_size and num_inference_steps that exist in the frame by then.
 Manual:   1.1 step 1
@@ -34,7 +36,8 @@ class SetInputParameters(Rule[PipelineContext]):
         known = set(source.parameters)
         settled = [i for i, names in enumerate(written) if "batch_size" in names][:1]
         if not settled:
-            return []
+            known |= {name for names in written for name in names}
+            return self._above_windows(module, facts, known)
         encoding = [i for i, part in enumerate(before) if _encodes_prompt(part)]
         limit = encoding[0] if encoding and encoding[0] > settled[0] else len(before)
         settled += [
@@ -42,11 +45,7 @@ class SetInputParameters(Rule[PipelineContext]):
         ]
         place = max(settled)
         known |= {name for names in written[: place + 1] for name in names}
-        arguments = ", ".join(f"{name}={name}" for name in _NAMES if name in known)
-        text = (
-            "# the runtime derives shapes and the order of passes from these\n"
-            f"get_runtime_state().set_input_parameters({arguments},)"
-        )
+        text = _call(known)
         anchor = before[settled[0]]
         if limit < len(before):
             return [
@@ -54,9 +53,26 @@ class SetInputParameters(Rule[PipelineContext]):
             ]
         return [self.insert_after(module, before[place], text, at=anchor, blank=True)]
 
+    def _above_windows(
+        self, module: ParsedModule, facts: PipelineContext, known: set[str]
+    ) -> list[Edit]:
+        """Above the statement that denoises, where the runtime needs no batch size."""
+        source = facts.source
+        if source.rewritten_loop is not None or source.outer is None:
+            return []
+        return [self.insert_before(module, source.outer, _call(known), blank=True)]
+
     def expected(self, module: ParsedModule, facts: PipelineContext) -> tuple[int, int]:
         """One place; it may be missing where `__call__` has no loop."""
         return int(facts.source.denoising is not None), 1
+
+
+def _call(known: set[str]) -> str:
+    arguments = ", ".join(f"{name}={name}" for name in _NAMES if name in known)
+    return (
+        "# the runtime derives shapes and the order of passes from these\n"
+        f"get_runtime_state().set_input_parameters({arguments},)"
+    )
 
 
 def _encodes_prompt(part: Statement) -> bool:
