@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import table_video_sound
+
 _MOTIF: dict[str, dict[str, Any]] = {
     # The library's encoder reads an entry that its configuration lacks.
     "text_encoder": {"text_config": {"dropout_rate": 0.0}},
@@ -247,52 +249,7 @@ COMPONENTS: dict[str, dict[str, dict[str, Any]]] = {
         ("SanaVideoPipeline", "SanaImageToVideoPipeline"),
         {"vae": {"class": "diffusers:AutoencoderKLWan"}},
     ),
-    # Widths of the connectors between the text encoder and the backbone: three layers of
-    # the encoder go in, learnable registers fill the text up to a multiple of them.
-    # Switches as released last: only there has every guidance call something to change.
-    **dict.fromkeys(
-        (
-            "LTX2Pipeline",
-            "LTX2ImageToVideoPipeline",
-            "LTX2ConditionPipeline",
-            "LTX2InContextPipeline",
-            "LTX2HDRPipeline",
-            "LTX2DFRPipeline",
-            "LTX2DFRTemporalRefinePipeline",
-        ),
-        {
-            "connectors": {
-                "caption_channels": 32,
-                "text_proj_in_factor": 3,
-                "video_connector_num_attention_heads": 4,
-                "video_connector_attention_head_dim": 24,
-                "video_connector_num_learnable_registers": 8,
-                "audio_connector_num_attention_heads": 4,
-                "audio_connector_attention_head_dim": 16,
-                "audio_connector_num_learnable_registers": 8,
-                "per_modality_projections": True,
-                "video_hidden_dim": 96,
-                "audio_hidden_dim": 64,
-            },
-            "transformer": {
-                "rope_type": "split",
-                "perturbed_attn": True,
-                "use_prompt_embeddings": False,
-                **dict.fromkeys(("gated_attn", "audio_gated_attn"), True),
-                **dict.fromkeys(("cross_attn_mod", "audio_cross_attn_mod"), True),
-                "audio_num_attention_heads": 4,
-                "audio_attention_head_dim": 16,
-                "audio_cross_attention_dim": 64,
-                "audio_in_channels": 32,
-                "audio_out_channels": 32,
-            },
-            # Its first width is that of a frame of sound: bins by channels.
-            "audio_vae": {"base_channels": 32, "num_res_blocks": 1, "mel_bins": 16},
-            "vocoder": {"hidden_channels": 64},
-            # As released; the class counts a level that compresses time alone twice.
-            "vae": {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8},
-        },
-    ),
+    **table_video_sound.COMPONENTS,
     # The latents and a picture beside them; twice the released VAE's channels.
     "HunyuanSkyreelsImageToVideoPipeline": {"transformer": {"in_channels": 32}},
     # None by default: the width of the picture's tokens.
