@@ -6,9 +6,8 @@ blocks), so foreign blocks are replaced by `EmptyBlock`s.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
@@ -77,6 +76,8 @@ class StagePlan:
     loops: tuple[tuple[str, int], ...]
     num_stages: int
     weights: tuple[int, ...] = ()
+    # First block of every stage, and the number of blocks. Derived, so not compared.
+    _borders: tuple[int, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.num_stages > max(self.num_blocks, 1):
@@ -85,6 +86,8 @@ class StagePlan:
                 f"blocks, expected at most one stage a block; use "
                 f"pipefusion_parallel_degree <= {self.num_blocks}"
             )
+        weights = self.weights or (1,) * self.num_blocks
+        object.__setattr__(self, "_borders", _borders(weights, self.num_stages))
 
     @property
     def num_blocks(self) -> int:
@@ -93,8 +96,7 @@ class StagePlan:
 
     def first_block(self, stage: int) -> int:
         """Global index of the first block of `stage`; the number of blocks past the end."""
-        weights = self.weights or (1,) * self.num_blocks
-        return _borders(weights, self.num_stages)[stage]
+        return self._borders[stage]
 
     def stage_of(self, loop: str, index: int) -> int:
         """The stage that runs block `index` of `loop`."""
@@ -170,7 +172,6 @@ def drop_foreign_blocks(
     return foreign
 
 
-@functools.cache
 def _borders(weights: tuple[int, ...], num_stages: int) -> tuple[int, ...]:
     """First block of every stage, and the number of blocks.
 
