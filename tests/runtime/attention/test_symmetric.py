@@ -143,10 +143,17 @@ def test_the_slowest_rank_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     """A way that this rank finds fastest, but that another cannot take, is not chosen."""
     own = {"1": 3.0, "1 packed": 1.0, "1:1": 2.0}
     others = torch.tensor([3.0, float("inf"), 1.0])
-    monkeypatch.setattr(ways, "_seconds", lambda run, way, group: own[way.name])
+    monkeypatch.setattr(ways, "_seconds", lambda run, way, *_: own[way.name])
     monkeypatch.setattr(ways, "all_reduce_max", lambda x, group: x.maximum(others))
     monkeypatch.setattr(ways, "_DEVICE", "cpu")
     chosen = ways.fastest(
         lambda way: None, [Way((1,)), Way((1,), True), Way()], Group()
     )
     assert chosen == Way()
+
+
+def test_a_way_with_another_result_is_told() -> None:
+    expected = torch.ones(4)
+    assert ways._agrees(expected * 1.001, expected)
+    assert not ways._agrees(expected * 1.1, expected)
+    assert not ways._agrees(expected * float("nan"), expected)
