@@ -104,6 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="pixels of a further call at the end: the cost of another shape",
     )
     add(
+        "--fp32",
+        action="store_true",
+        help="one GPU in fp32 as well, and what each row differs from it",
+    )
+    add(
         "--cpu",
         action="store_true",
         help="tiny models on CPU even where there is a GPU",
@@ -135,7 +140,8 @@ def chosen_layouts(args: argparse.Namespace, model: str, on_gpu: bool) -> list[L
     if args.no_p2p:
         found += without_peer_access(found)
     words = [word for word in args.only.split(",") if word]
-    return [
+    first = [Layout(STOCK, "one", precise=True)] if args.fp32 else []
+    return first + [
         layout
         for index, layout in enumerate(found)
         if index == 0 or not words or any(word in layout.name for word in words)
@@ -168,6 +174,7 @@ def _measure(
     stem = f"{row.model}-{row.size}-{row.layout.name.replace(' ', '-')}"
     # Compiled code rounds otherwise: each is held to one GPU with the same kernels.
     kernels = "compiled" if row.layout.compiled else "eager"
+    kernels = "fp32" if row.layout.precise else kernels
     reference = folder / f"{row.model}-{row.size}.{kernels}.pt"
     latents = folder / f"{stem}.pt"
     latents.unlink(missing_ok=True)
@@ -178,7 +185,7 @@ def _measure(
             size=row.size,
             steps=args.steps,
             short_steps=args.short_steps,
-            repeats=args.repeats,
+            repeats=1 if row.layout.precise else args.repeats,
             tiny=not on_gpu,
             device="cuda" if on_gpu else "cpu",
             generated=str(args.generated),
@@ -195,6 +202,8 @@ def _measure(
         latents = reference
     add_round(row, outcome, args.steps - args.short_steps, args.steps)
     row.difference = relative_difference(latents, reference)
+    precise = folder / f"{row.model}-{row.size}.fp32.pt"
+    row.rounding = relative_difference(latents, precise) if args.fp32 else None
 
 
 def relative_difference(found: Path, reference: Path) -> float | None:
@@ -216,6 +225,7 @@ def _write(rows: list[Row], args: argparse.Namespace) -> None:
         f"--repeats {args.repeats} --rounds {args.rounds}"
         + (f" --only {args.only}" if args.only else "")
         + (" --no_p2p" if args.no_p2p else "")
+        + (" --fp32" if args.fp32 else "")
         + (f" --other_size {args.other_size}" if args.other_size else "")
     )
     data = {"about": about, "rows": [asdict(row) for row in rows]}

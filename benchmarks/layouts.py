@@ -24,6 +24,7 @@ class Layout:
         compiled: blocks go through torch.compile.
         graph: our transformer calls are captured.
         environment: further variables of the processes.
+        precise: all numbers are fp32; what rounding costs the others is measured against it.
     """
 
     engine: str
@@ -33,6 +34,7 @@ class Layout:
     compiled: bool = False
     graph: bool = False
     environment: dict[str, str] = field(default_factory=dict)
+    precise: bool = False
 
     @property
     def name(self) -> str:
@@ -40,6 +42,7 @@ class Layout:
         words = [self.engine, self.mode]
         words += ["graph"] if self.graph else []
         words += ["compiled"] if self.compiled else []
+        words += ["fp32"] if self.precise else []
         words += ["no-p2p"] if "NCCL_P2P_DISABLE" in self.environment else []
         return " ".join(words)
 

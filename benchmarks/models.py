@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -164,10 +164,15 @@ _PIXART = BenchmarkModel(
 MODELS: dict[str, BenchmarkModel] = {m.name: m for m in (_FLUX, _SD3, _PIXART)}
 
 
-def build_pipeline(model: BenchmarkModel, device: torch.device, *, tiny: bool) -> Any:
-    """The stock pipeline with random weights on `device`, bf16 on CUDA, fp32 on CPU."""
+def build_pipeline(
+    model: BenchmarkModel, device: torch.device, *, tiny: bool, precise: bool = False
+) -> Any:
+    """The stock pipeline with random weights on `device`, bf16 on CUDA, fp32 on CPU.
+
+    With `precise` it computes in fp32 from the same weights and noise.
+    """
     diffusers = importlib.import_module("diffusers")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = _dtype(device)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -187,7 +192,27 @@ def build_pipeline(model: BenchmarkModel, device: torch.device, *, tiny: bool) -
         **dict.fromkeys(model.components),
     )
     pipeline.set_progress_bar_config(disable=True)
+    if precise:
+        transformer.float()
+        pipeline.prepare_latents = _in_fp32(pipeline.prepare_latents, dtype)
     return pipeline
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def _in_fp32(prepare: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any]:
+    """`prepare_latents` that draws noise in `dtype` and returns it in fp32."""
+
+    def drawn(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(dtype if x is torch.float32 else x for x in args)
+        found = prepare(*args, **kwargs)
+        if isinstance(found, tuple):
+            return tuple(x.float() for x in found)
+        return found.float()
+
+    return drawn
 
 
 @torch.no_grad()
@@ -220,7 +245,7 @@ def call_arguments(
     for name, extents in model.embeddings.items():
         shape = [defaults[n] if isinstance(n, str) else n for n in extents]
         values = torch.randn(1, *shape, generator=generator)
-        arguments[name] = values.to(device, dtype)
+        arguments[name] = values.to(device, _dtype(device)).to(dtype)
     for name, (length, kept) in model.masks.items():
         mask = torch.zeros(1, length, dtype=torch.long)
         mask[:, :kept] = 1

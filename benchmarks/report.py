@@ -10,8 +10,8 @@ from benchmarks.results import Row, best_peer, best_single, is_slower
 
 _HEADER = (
     "| layout | ms a step | of one GPU | of the best peer | whole call, ms a step "
-    "| first call, s | another size, s | peak GiB | difference |\n"
-    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    "| first call, s | another size, s | peak GiB | difference | to fp32 |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
 )
 
 
@@ -38,7 +38,7 @@ def markdown(rows: list[Row], about: Mapping[str, str]) -> str:
         "`of the best peer`: other engines on as many GPUs. `another size`: what the first call of "
         "another shape takes longer. "
         "`difference`: relative L2 of the final latents to stock diffusers on one GPU, compiled "
-        "rows to compiled.",
+        "rows to compiled. `to fp32`: to the same weights and noise in fp32.",
     ]
     for model, size in dict.fromkeys((row.model, row.size) for row in rows):
         own = [row for row in rows if (row.model, row.size) == (model, size)]
@@ -53,7 +53,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         if row.median_ms is None:
             lines.append(
-                f"| {row.layout.name} | {row.error or 'not run'} | | | | | | | |"
+                f"| {row.layout.name} | {row.error or 'not run'} | | | | | | | | |"
             )
             continue
         call = sorted(row.call_ms)[len(row.call_ms) // 2]
@@ -68,6 +68,7 @@ def table(rows: list[Row]) -> str:
             "" if row.reshape_s is None else f"{row.reshape_s:.1f}",
             f"{row.peak_gib:.1f}" if row.peak_gib else "",
             "" if row.difference is None else f"{row.difference:.1e}",
+            "" if row.rounding is None else f"{row.rounding:.1e}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     notes = dict.fromkeys(

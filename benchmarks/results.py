@@ -22,6 +22,7 @@ class Row:
         reshape_s: the first call of another size, less the second one.
         peak_gib: most memory allocated on any rank.
         difference: relative L2 to the latents of one GPU.
+        rounding: relative L2 to those of one GPU in fp32.
         notes: what the runtime has to say about captures.
         error: why there is no figure.
     """
@@ -35,6 +36,7 @@ class Row:
     reshape_s: float | None = None
     peak_gib: float | None = None
     difference: float | None = None
+    rounding: float | None = None
     notes: list[str] = field(default_factory=list)
     details: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
@@ -71,6 +73,7 @@ def add_round(row: Row, outcome: Outcome, extra_steps: int, steps: int) -> None:
         row.reshape_s = first - second
     row.peak_gib = result["peak_bytes"] / 2**30
     row.notes = list(result.get("not_captured", []))
+    row.notes += [f"heads travel {way}" for way in result.get("heads_travel", [])]
     row.details.append({**result, "process_s": outcome.seconds})
 
 

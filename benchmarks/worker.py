@@ -18,6 +18,7 @@ import torch
 from benchmarks import engines
 from benchmarks.layouts import Layout
 from benchmarks.models import MODELS, build_pipeline, call_arguments
+from xfuser_runtime.distributed import get_runtime_state
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _measure(job: Job, rank: int) -> dict[str, Any]:
     else:
         torch.set_num_threads(1)
     model = MODELS[job.model]
-    stock = build_pipeline(model, device, tiny=job.tiny)
+    stock = build_pipeline(model, device, tiny=job.tiny, precise=job.layout.precise)
     pipeline = engines.prepare(
         stock, model, job.layout, generated=job.generated, steps=job.steps
     )
@@ -133,7 +134,7 @@ def _measure(job: Job, rank: int) -> dict[str, Any]:
         "long_calls_s": long,
         "peak_bytes": peak,
         "other_size_s": other,
-        **_replays(transformer),
+        **_of_all_ranks(_replays(transformer)),
     }
 
 
@@ -170,12 +171,31 @@ class _Clock:
 
 
 def _replays(transformer: Any) -> dict[str, Any]:
-    """What our runtime captured, and why it did not."""
+    """What our runtime captured, why it did not, and how heads travel, by shape."""
     with contextlib.suppress(KeyError, AttributeError):
         replayer = vars(transformer)["_xfuser_wrapping"].replayer
+        held = get_runtime_state().workspaces
+        ways = {k[1:6]: way.name for k, way in held.items() if k[0] == "way"}
         return {
             "replays": replayer.replays,
             "capture_s": replayer.capture_seconds,
             "not_captured": replayer.reasons,
+            "heads_travel": [f"{list(shape)}: {name}" for shape, name in ways.items()],
         }
     return {}
+
+
+def _of_all_ranks(own: dict[str, Any]) -> dict[str, Any]:
+    """This rank's report with the reasons of all: each captures for itself."""
+    if not own or not torch.distributed.is_initialized():
+        return own
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, own)
+    return own | {
+        "replays": [report["replays"] for report in found],
+        "not_captured": [
+            f"rank {rank}: {reason}"
+            for rank, report in enumerate(found)
+            for reason in report["not_captured"]
+        ],
+    }

@@ -62,14 +62,16 @@ def test_more_ranks_and_no_peer_access(tmp_path: Path) -> None:
     only = "cfg2 ulysses2,pipefusion2 ulysses2,ulysses2 ring2"
     arguments = ["--models", "pixart", "--sizes", "128", "--gpus", "2,4", "--cpu"]
     arguments += ["--steps", "3", "--repeats", "1", "--gate", "1e-4", "--no-p2p"]
-    arguments += ["--only", only, "--other_size", "192", "--timeout", "100"]
+    arguments += ["--only", only, "--other_size", "192", "--timeout", "100", "--fp32"]
     folders = ["--generated", str(tmp_path / "ports"), "--output", str(tmp_path)]
     assert main([*arguments, *folders]) == 0
     rows = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))["rows"]
     found = [(r["layout"]["mode"], bool(r["layout"]["environment"])) for r in rows]
     names = ["cfg2 ulysses2", "ulysses2 ring2", "pipefusion2 ulysses2"]
     expected = [(name, access) for access in (False, True) for name in names]
-    assert found == [("one", False), *expected]
+    assert found == [("one", False), ("one", False), *expected]
+    # On CPU stock diffusers is fp32 in any case.
+    assert all(r["rounding"] == pytest.approx(r["difference"], abs=1e-9) for r in rows)
     assert all(r["error"] is None and r["reshape_s"] is not None for r in rows)
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert "| porter cfg2 ulysses2 no-p2p " in text and "--gpus 2,4" in text

@@ -3,8 +3,8 @@
     rows of all heads --ulysses--> all rows of a block, some heads --cache--> --ring--> back
 
 A block is what the ranks of one Ulysses group hold together; shard r * U + u is rank u of block r.
-Either degree may be 1. The Ulysses exchange alone is traced by torch.compile; the ring and
-the cache run between compiled graphs.
+Either degree may be 1. The Ulysses exchange alone is traced by torch.compile; with the ring or
+the cache a wrapped module's call is one operation to it (`layers.attention_site.attend_at`).
 
 Shapes: B batch, S_local query rows of this rank, H query heads, D head dimension.
 """

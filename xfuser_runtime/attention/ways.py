@@ -52,7 +52,7 @@ class Way:
 WAYS = tuple(
     Way(shares, packed)
     for shares, packed in product(
-        ((1,), (1, 1), (1, 2, 1), (1,) * 4, (1,) * 6), (False, True)
+        ((1,), (1, 1), (1, 2, 1), (1,) * 4, (1,) * 6, (1, 2, 3, 3, 2, 1)), (False, True)
     )
 )
 
