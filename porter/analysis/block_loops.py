@@ -44,9 +44,11 @@ class BlockLoop:
         calls: the calls of the block, of which one iteration makes one.
         arguments: names that the calls hand to the block.
         results: names that the calls assign.
+        used: those of them that other statements of the body read.
         carried: these, and the names that an iteration hands on to the next.
         filled: names of lists that the body puts values into or takes them from.
         later: names that the body makes or fills, it does not carry and code after it reads.
+        alive: names that code after it reads.
         reads: names whose value from before the loop the body reads, checkpoint branches
             left out.
         checkpoint: the `if` inside the loop whose first branch is a checkpoint, or None.
@@ -59,9 +61,11 @@ class BlockLoop:
     calls: tuple[BlockCall, ...]
     arguments: frozenset[str]
     results: tuple[str, ...]
+    used: tuple[str, ...]
     carried: tuple[str, ...]
     filled: tuple[str, ...]
     later: tuple[str, ...]
+    alive: frozenset[str]
     reads: tuple[str, ...]
     checkpoint: cst.If | None
     around: cst.If | None
@@ -145,6 +149,7 @@ def _read_loop(
         if call.choice is not None:
             dead |= {*walk(call.choice.body), *walk(call.choice.test)}
     results = tuple(dict.fromkeys(name for call in found for name in call.results))
+    within = {part for call in found for part in walk(call.statement)}
     others = sorted(carried(module, node.body.body) - set(results))
     filled = _filled(node, dead)
     written = set(filled).union(*(writes(module, part) for part in node.body.body))
@@ -157,9 +162,11 @@ def _read_loop(
         calls=found,
         arguments=frozenset().union(*(reads(module, call) for call in calls)),
         results=results,
+        used=tuple(name for name in _reads(node, dead | within) if name in results),
         carried=(*results, *others),
         filled=filled,
         later=tuple(sorted((written & after) - {*results, *others})),
+        alive=frozenset(after),
         reads=tuple(name for name in _reads(node, dead) if name in first),
         checkpoint=checkpoint,
         around=_checkpoint_around(module, forward, node),

@@ -53,6 +53,9 @@ class LoopFacts:
         rows: the dimensions of the transformer's first tensor that count the latents'
             tokens, each with a token's extent, the one that the stream runs over last first;
             empty where patches cannot cut them.
+        ndim: number of dimensions of that tensor.
+        other_rows: `rows` where that tensor has another number of dimensions, by it: an
+            image and a video of one model, say.
         values: token axes of every variable read in the loop that counts sharded tokens,
             the carried streams first: one axis, or one for each item of a tuple.
         whole: streams of keys that stay whole on every rank: their length did not change in
@@ -60,6 +63,10 @@ class LoopFacts:
         filled: lists of token tensors that the body fills, empty before the loop.
         after: token axes of what the body makes and code after the loop reads.
         counts: integers of the body that count the tokens of streams.
+        travels: values that follow the latents' values and that the loop reads alone: the
+            stages hand them over with the carried streams.
+        fresh: what the block calls assign and nothing binds before the loop, each with the
+            carried stream that has its shape.
         classes: names of the blocks' classes; others were not measured.
     """
 
@@ -74,6 +81,12 @@ class LoopFacts:
     after: Mapping[str, tuple[TokenAxis, ...]] = dataclasses.field(default_factory=dict)
     counts: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    ndim: int = 0
+    other_rows: Mapping[int, tuple[tuple[int, int], ...]] = dataclasses.field(
+        default_factory=dict
+    )
+    travels: tuple[str, ...] = ()
+    fresh: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,14 +170,24 @@ def _loop(data: Mapping[str, Any]) -> LoopFacts:
         },
         latents=data["latents"],
         context=data["context"],
-        rows=tuple((dim, extent) for dim, extent in data["rows"]),
+        rows=_rows(data["rows"]),
         values=_axes(data["values"]),
         whole=tuple(data.get("whole", ())),
         filled=tuple(data.get("filled", ())),
         after=_axes(data.get("after", {})),
         counts=_tuples(data.get("counts", {})),
         classes=tuple(data.get("classes", ())),
+        ndim=data.get("ndim", 0),
+        other_rows={
+            int(ndim): _rows(rows) for ndim, rows in data.get("other_rows", {}).items()
+        },
+        travels=tuple(data.get("travels", ())),
+        fresh=dict(data.get("fresh", {})),
     )
+
+
+def _rows(data: Any) -> tuple[tuple[int, int], ...]:
+    return tuple((dim, extent) for dim, extent in data)
 
 
 def _axes(data: Mapping[str, Any]) -> dict[str, tuple[TokenAxis, ...]]:

@@ -97,7 +97,7 @@ def _loop(first: LoopFacts, second: LoopFacts, class_name: str) -> LoopFacts:
         first,
         latents=first.latents or second.latents,
         context=first.context or second.context,
-        rows=_rows(first, second, class_name),
+        **_rows(first, second, class_name),
         values={
             name: _axes(name, first.values, second.values, class_name)
             for name in dict.fromkeys((*first.values, *second.values))
@@ -105,18 +105,26 @@ def _loop(first: LoopFacts, second: LoopFacts, class_name: str) -> LoopFacts:
         filled=tuple(sorted({*first.filled, *second.filled})),
         classes=tuple(sorted({*first.classes, *second.classes})),
         after={**second.after, **first.after},
+        travels=tuple(sorted({*first.travels, *second.travels})),
+        fresh={**second.fresh, **first.fresh},
         counts=_joined(first.counts, second.counts, "counts", class_name),
     )
 
 
-def _rows(
-    first: LoopFacts, second: LoopFacts, class_name: str
-) -> tuple[tuple[int, int], ...]:
-    """Of an image and of a video, those of the video: a single frame counts no tokens."""
-    one, other = sorted((first.rows, second.rows), key=len)
-    if one != tuple(row for row in other if row in one):
-        raise _clash(class_name, f"other rows of the latents in {first.blocks}")
-    return other
+def _rows(first: LoopFacts, second: LoopFacts, class_name: str) -> dict[str, Any]:
+    """The rows of both, by the number of dimensions of the latents.
+
+    Of an image and of a video of as many dimensions, those of the video: a single frame
+    counts no tokens.
+    """
+    found = {first.ndim: first.rows, **first.other_rows}
+    for ndim, rows in {second.ndim: second.rows, **second.other_rows}.items():
+        one, other = sorted((found.get(ndim, ()), rows), key=len)
+        if one != tuple(row for row in other if row in one):
+            raise _clash(class_name, f"other rows of the latents in {first.blocks}")
+        found[ndim] = other
+    ndim = min(found)
+    return {"ndim": ndim, "rows": found.pop(ndim), "other_rows": found}
 
 
 def _axes(

@@ -59,6 +59,8 @@ class AxisSolver:
             return ()
         if len(distinct) == 1:
             return tuple(axis for axis in distinct if axis is not None)
+        if len(distinct) == 2 and (axis := self._told_by_size(name, found)):
+            return (axis,)
         items: dict[str, TokenAxis | None] = {}
         for path, axis in found.items():
             item = path.partition(".")[0]
@@ -70,6 +72,21 @@ class AxisSolver:
         return tuple(
             replace(axis, item=int(item)) for item, axis in items.items() if axis
         )
+
+    def _told_by_size(
+        self, name: str, found: Mapping[str, TokenAxis | None]
+    ) -> TokenAxis | None:
+        """The axis of the tensors that have one, where all others have fewer dimensions."""
+        axis = next((axis for axis in found.values() if axis is not None), None)
+        fewer = all(
+            len(run[name][path]) < axis.ndim
+            for run in self._runs
+            for path, other in found.items()
+            if axis is not None and other is None and path in run.get(name, {})
+        )
+        if axis is None or None not in found.values() or axis.keys or not fewer:
+            return None
+        return replace(axis, optional=True)
 
     def _axis(self, name: str, path: str) -> TokenAxis | None:
         present = [i for i, run in enumerate(self._runs) if path in run.get(name, {})]

@@ -46,19 +46,24 @@ class Shard:
         return torch.cat(pieces, dim=cut.dim)
 
     def candidates(self, whole: Sequence[int], local: Sequence[int]) -> list[TokenCut]:
-        """Cuts that turn a tensor of shape `whole` into one of shape `local`."""
+        """Cuts that turn a tensor of shape `whole` into one of shape `local`.
+
+        Those that need no repeats come first: where tokens are alike (padding, a mask of
+        ones) values do not tell them from others.
+        """
         if len(whole) != len(local):
             return []
         dims = [d for d, (a, b) in enumerate(zip(whole, local, strict=True)) if a != b]
         if len(dims) != 1:
             return []
-        return [
+        found = [
             TokenCut(dims[0], streams, rows, repeats)
             for streams, rows, total, mine in self._sums()
             if total and whole[dims[0]] % total == 0
             for repeats in [whole[dims[0]] // total]
             if mine * repeats == local[dims[0]]
         ]
+        return sorted(found, key=lambda cut: cut.repeats)
 
     def _sums(self) -> Iterator[tuple[tuple[str, ...], bool, int, int]]:
         """Streams together, counted in tokens or rows: their extents, whole and here."""

@@ -24,7 +24,7 @@ from porter.verify.hooks import AttentionCall, replaced_attention
 Part = tuple[int, int, int]
 """Some latents: an axis, the first index along it, and the one behind the last."""
 Streams = dict[str, dict[str, torch.Tensor]]
-"""The carried tensors at each loop, by block list and name."""
+"""The tensors that each loop carries or reads, by block list and by name and path."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,11 @@ class LatentProbe:
         """Numbers in the latents."""
         return 0 if self._latents is None else self._latents.numel()
 
+    @property
+    def ndim(self) -> int:
+        """Dimensions of the latents."""
+        return 0 if self._latents is None else self._latents.ndim
+
     def place(self, blocks: str, name: str, dim: int) -> Place | None:
         """Where the latents stand in stream `name`, whose tokens lie along `dim`.
 
@@ -140,6 +145,18 @@ class LatentProbe:
             return None
         length = self._streams()[blocks][name].shape[dim]
         return Place(tokens[0], tokens[-1] + 1, length)
+
+    def moves(self, blocks: str, name: str) -> bool:
+        """Whether anything in a variable follows the latents' values."""
+        if self._latents is None:
+            return False
+        before = self._streams(None).get(blocks, {})
+        after = self._streams((0, 0, self._latents.shape[0])).get(blocks, {})
+        return any(
+            not torch.equal(leaf, after[key])
+            for key, leaf in before.items()
+            if key == name or key.startswith(f"{name}.")
+        )
 
     def rows(self, blocks: str, name: str, dim: int) -> tuple[tuple[int, int], ...]:
         """The dimensions of the latents that count tokens, each with a token's extent.
@@ -238,13 +255,13 @@ class LatentProbe:
 
     def _run(self, arguments: Mapping[str, Any]) -> Streams:
         seen: Streams = {}
-        carried = {loop.blocks: loop.carried for loop in self._loops}
+        known = {loop.blocks: {*loop.carried, *loop.reads} for loop in self._loops}
 
         def report(blocks: str, names: dict[str, Any]) -> None:
             seen[blocks] = {
-                name: names[name].clone()
-                for name in carried[blocks]
-                if isinstance(names.get(name), torch.Tensor)
+                f"{name}.{path}" if path else name: leaf.clone()
+                for name in known[blocks] & set(names)
+                for path, leaf in tensor_leaves(names[name])
             }
 
         function = instrumented_forward(

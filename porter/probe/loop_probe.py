@@ -116,8 +116,13 @@ class LoopProbe:
             tuple(n for n in order if n in lengths),
         )
         counts = self._counts(solver)
-        latents, context = self._latents(image, lengths, axes)
-        rows = self._rows(latents, axes)
+        travels = tuple(
+            name
+            for name in values
+            if name not in self._loop.carried
+            and self._tokens[0].moves(self._loop.blocks, name)
+        )
+        latents, context, rows = self._latents(image, lengths, values, travels)
         sharded = {path: n for path, n in keys.items() if set(n) & set(streams)}
         return Measured(
             LoopFacts(
@@ -129,6 +134,9 @@ class LoopProbe:
                 latents=latents,
                 context=context,
                 rows=rows,
+                ndim=self._tokens[0].ndim,
+                travels=travels,
+                fresh=self._fresh(values),
                 values=values,
                 whole=whole,
                 filled=tuple(self._filled(values)),
@@ -233,26 +241,44 @@ class LoopProbe:
         self,
         image: Sequence[str],
         lengths: Mapping[str, tuple[int, ...]],
-        axes: Mapping[Leaf, int],
-    ) -> tuple[str | None, str | None]:
-        """The one stream that holds the latents' tokens, and where others stand in it."""
+        values: Mapping[str, tuple[TokenAxis, ...]],
+        travels: Sequence[str],
+    ) -> tuple[str | None, str | None, tuple[tuple[int, int], ...]]:
+        """The one stream that holds the latents' tokens, where others stand in it, and
+        the latents' dimensions that count tokens, in the order of the stream.
+
+        The latents may reach its tokens inside the blocks alone, from a value that holds
+        them in the same order.
+        """
         alone = [name for name in image if not self._with_text(lengths[name])]
         streams = alone if len(alone) == 1 else image
         if len(streams) != 1:
-            return None, None
-        (name,) = streams
-        found = place_in_runs(
-            self._tokens, self._loop.blocks, name, axes[name, ""], lengths[name]
-        )
-        return (None, None) if found is None else (name, found or None)
+            return None, None, ()
+        (stream,) = streams
+        for name in (stream, *travels):
+            axis, *more = values[name]
+            if more or axis.streams != (stream,):
+                continue
+            where = (self._loop.blocks, name, axis.dim)
+            found = place_in_runs(self._tokens, *where, lengths[stream])
+            if found is not None:
+                return stream, found or None, self._tokens[0].rows(*where)
+        return None, None, ()
 
-    def _rows(
-        self, latents: str | None, axes: Mapping[Leaf, int]
-    ) -> tuple[tuple[int, int], ...]:
-        """The latents' dimensions that count tokens, in the order of the stream."""
-        if latents is None:
-            return ()
-        return self._tokens[0].rows(self._loop.blocks, latents, axes[latents, ""])
+    def _fresh(self, values: Mapping[str, tuple[TokenAxis, ...]]) -> dict[str, str]:
+        """What calls assign, nothing binds before and the body reads: the stream alike."""
+
+        def shapes(name: str) -> list[tuple[int, ...] | None]:
+            return [run.inside.get(name, {}).get("") for run in self._runs]
+
+        streams = [name for name in self._loop.results if name in values]
+        return {
+            name: stream
+            for name in self._loop.used
+            if not any(run.shapes.get(name) for run in self._runs)
+            for stream in streams
+            if None not in shapes(name) and shapes(name) == shapes(stream)
+        }
 
     def _streams_by_path(
         self, rows_by_path: Mapping[str, Rows], what: str
@@ -294,6 +320,8 @@ class LoopProbe:
         """Lists without tensors before the loop that hold some inside."""
         for name in dict.fromkeys((*self._loop.carried, *self._loop.filled)):
             seen = any(run.inside.get(name) for run in self._runs)
+            if name in self._loop.results and name not in self._loop.alive:
+                continue  # every iteration makes it anew
             if seen and name not in values and not self._runs[0].shapes.get(name):
                 yield name
 

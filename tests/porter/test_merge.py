@@ -41,6 +41,17 @@ def test_a_value_that_one_pipeline_gives_by_token_is_optional() -> None:
     assert again == merged(_facts(_LOOP), _facts(_BY_TOKEN), "Toy")
 
 
+def test_latents_of_an_image_and_of_a_video_are_told_by_their_dimensions() -> None:
+    image = replace(_LOOP, ndim=4, rows=((2, 1), (3, 1)))
+    video = replace(_LOOP, ndim=5, rows=((3, 1), (4, 1)))
+    for pair in ((image, video), (video, image)):
+        found = merged(_facts(pair[0]), _facts(pair[1]), "Toy").loops[0]
+        assert (found.ndim, found.rows) == (4, image.rows)
+        assert found.other_rows == {5: video.rows}
+    again = merged(_facts(found), _facts(video), "Toy")
+    assert again == _facts(found)
+
+
 def test_facts_that_agree_stay_as_they_are() -> None:
     assert merged(_facts(_LOOP), _facts(_LOOP), "Toy") == _facts(_LOOP)
 

@@ -44,3 +44,12 @@ def test_an_item_with_two_kinds_of_tensors_is_refused() -> None:
     ]
     with pytest.raises(Refusal, match="hold tokens in different ways"):
         _solver(runs).axes_of("rope")
+
+
+def test_tensors_of_fewer_dimensions_than_those_of_tokens_stay_whole() -> None:
+    runs: list[Shapes] = [
+        {"hints": {"0.0": (1, f * h * w, 8), "0.1": (), "1.0": (1, f * h * w, 8)}}
+        for f, h, w in _SIZES
+    ]
+    (axis,) = _solver(runs).axes_of("hints")
+    assert (axis.dim, axis.item, axis.ndim, axis.optional) == (1, None, 3, True)

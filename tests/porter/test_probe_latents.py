@@ -95,3 +95,11 @@ def test_a_single_frame_is_cut_into_its_rows() -> None:
     assert LatentTokens.of("x", rows, (1, 3, 5, 4, 6), (1, 3, 5, 4, 6)).dim == 2
     one = LatentTokens.of("x", rows, (1, 3, 1, 4, 6), (1, 3, 1, 4, 6))
     assert (one.dim, one.extent, one.tokens_of_a_row) == (3, 4, 3)
+
+
+def test_only_what_follows_the_latents_moves_with_them() -> None:
+    probe = _probe("AudioModel", torch.randn(2, 3, 7))
+    assert probe.ndim == 3
+    assert probe.moves("blocks", "x")
+    assert not probe.moves("blocks", "context")
+    assert not probe.moves("blocks", "nothing")

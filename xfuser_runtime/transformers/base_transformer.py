@@ -230,6 +230,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         context: str | None = None,
         rows: Mapping[int, int] | None = None,
         row_counts: Mapping[str, int] | None = None,
+        other_rows: Mapping[int, Mapping[int, int]] | None = None,
     ) -> BlockRegion:
         """Start the region of block list `loop`.
 
@@ -241,6 +242,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             rows: the dimensions of the latents that count tokens, each with a token's
                 extent, the one that the stream runs over last first.
             row_counts: rows of the image, by stream, where every rank must hold whole ones.
+            other_rows: `rows` of latents of other numbers of dimensions, by that number.
         """
         state = get_runtime_state()
         wrapping = self._wrapping
@@ -248,6 +250,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         parts: dict[str, tuple[str, ...]] = {}
         row = 1
         if num_patches > 1:
+            rows = (other_rows or {}).get(len(wrapping.latent_shape), rows)
             held = LatentTokens.of(
                 latents, rows, wrapping.latent_shape, wrapping.loop_shape
             )

@@ -65,6 +65,7 @@ class BlockRegion:
         self._dry_run = dry_run
         self._parts = dict(parts or {})
         self._iteration = 0
+        self._gathers = 0
 
     def __enter__(self) -> BlockRegion:
         return self
@@ -191,20 +192,31 @@ class BlockRegion:
         )
         return streams[0] if len(streams) == 1 else streams
 
-    def gather(self, value: Any, dim: int, *streams: str) -> Any:
+    def gather(
+        self, value: Any, dim: int, *streams: str, ndim: int | None = None
+    ) -> Any:
         """The whole of a carried stream from the rows of all ranks and earlier passes.
 
         The tensors of a list are gathered one by one.
+
+        Args:
+            value: what the blocks made.
+            dim: the dimension that holds tokens.
+            streams: whose tokens these are.
+            ndim: where only some of the tensors hold tokens: the dimensions of these.
         """
         if isinstance(value, (tuple, list)):
             return type(value)(
-                self._gathered(item, dim, streams, f"[{index}]")
-                for index, item in enumerate(value)
+                self.gather(item, dim, *streams, ndim=ndim) for item in value
             )
-        return self._gathered(value, dim, streams)
+        # Every value has whole rows of its own to fill, told by its turn.
+        self._gathers += 1
+        if ndim is not None and value is not None and value.ndim != ndim:
+            return value
+        return self._gathered(value, dim, streams, f"[{self._gathers}]")
 
     def _gathered(
-        self, value: Any, dim: int, streams: Sequence[str], place: str = ""
+        self, value: Any, dim: int, streams: Sequence[str], place: str
     ) -> Any:
         if self.whole or value is None or self._dry_run:
             return self._whole_shape(value, dim, streams)

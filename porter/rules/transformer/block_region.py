@@ -59,6 +59,7 @@ class BlockRegion(Rule[Forward]):
     ) -> Iterator[Edit]:
         """The edits of one loop; `outer` is the statement that its start stands before."""
         carried = [name for name in loop.carried if name in facts.values]
+        carried += facts.travels
         own = {*carried, *loop.filled}
         before = [_begin(facts, row_counts)]
         for stream, name in row_counts.items():
@@ -68,12 +69,14 @@ class BlockRegion(Rule[Forward]):
             before.append(f"{target} = {_shard(name, axes)}")
         for name, streams in facts.counts.items():
             before.append(f"{_local(name)} = region.rows({_quoted(streams)})")
+        before += [f"{name} = {stream}" for name, stream in facts.fresh.items()]
         after = [
-            f"{name} = region.gather({name}, {_axis(axes[0])})"
+            f"{name} = region.gather({name}, {_axis(axes[0])}{_ndim(axes[0])})"
             for name, axes in (
                 *((name, facts.values[name]) for name in carried),
                 *facts.after.items(),
             )
+            if name not in facts.travels or name in loop.alive
         ]
         at = loop.node
         names = ", ".join((*carried, *facts.filled))
@@ -98,8 +101,10 @@ def _begin(facts: LoopFacts, row_counts: Mapping[str, str]) -> str:
     if facts.context:
         latents += f", context={facts.context!r}"
     if facts.rows:
-        rows = ", ".join(f"{dim}: {extent}" for dim, extent in facts.rows)
-        latents += f", rows={{{rows}}}"
+        latents += f", rows={dict(facts.rows)!r}"
+    if facts.other_rows:
+        others = {ndim: dict(rows) for ndim, rows in facts.other_rows.items()}
+        latents += f", other_rows={others!r}"
     if row_counts:
         counts = ", ".join(f'"{name}": {count}' for name, count in row_counts.items())
         latents += f", row_counts={{{counts}}}"
@@ -112,14 +117,18 @@ def _shard(name: str, axes: tuple[TokenAxis, ...]) -> str:
         streams = _quoted(axes[0].streams)
         return f"region.shard_pairs({name}, {axes[0].dim}, {axes[0].keys}, {streams})"
     if axes[0].item is None:
-        once = f", ndim={axes[0].ndim}" if axes[0].optional else ""
-        return f"region.shard({name}, {_axis(axes[0])}{once})"
+        return f"region.shard({name}, {_axis(axes[0])}{_ndim(axes[0])})"
     items = ", ".join(f"{axis.item}: ({_axis(axis)})" for axis in axes)
     return f"region.shard_items({name}, {{{items}}})"
 
 
 def _axis(axis: TokenAxis) -> str:
     return f"{axis.dim}, {_quoted(axis.streams)}"
+
+
+def _ndim(axis: TokenAxis) -> str:
+    """What tells tensors that hold tokens from others."""
+    return f", ndim={axis.ndim}" if axis.optional else ""
 
 
 def _quoted(streams: Sequence[str]) -> str:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from xfuser_runtime.distributed.layout import Segment, TokenLayout
+from xfuser_runtime.transformers import region
 from xfuser_runtime.transformers.region import BlockRegion
 
 
@@ -100,3 +101,42 @@ def test_parts_of_a_blocks_output_lie_as_fresh_tensors_without_a_copy() -> None:
     pair = torch.randn(2, 7, 5)[:, :3]
     assert _two_streams().hand_over(pair) is pair
     assert _two_streams().hand_over(None) is None
+
+
+def test_of_a_list_of_pairs_the_tokens_are_gathered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gather(x: torch.Tensor, dim: int, lengths: object, group: object) -> object:
+        assert lengths == (3, 2)
+        return torch.cat([x.new_zeros(1, 3, 1), x], dim=dim)
+
+    monkeypatch.setattr(region, "all_gather", gather)
+    monkeypatch.setattr(region, "get_sp_group", lambda: None)
+    hint, scale = torch.ones(1, 2, 1), torch.tensor(2.0)
+    ((whole, same),) = _region(5).gather([(hint, scale)], 1, "x", ndim=3)
+    assert whole.flatten().tolist() == [0, 0, 0, 1, 1]
+    assert same is scale
+
+
+def test_each_gathered_value_keeps_the_rows_of_its_own_patches(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(region, "all_gather", lambda x, *_: x)
+    monkeypatch.setattr(region, "get_sp_group", lambda: None)
+    segments = (Segment("x", 4, follows_latents=True),)
+    buffers: dict[str, torch.Tensor] = {}
+    for patch in (None, 0, 1):
+        made = BlockRegion(
+            layout=TokenLayout(segments, 2, 1),
+            patch=patch,
+            shard=0,
+            call_index=0,
+            links=None,
+            buffers=buffers,
+        )
+        rows = 4 if patch is None else 2
+        found = [
+            made.gather(torch.full((1, rows, 1), float(value)), 1, "x")
+            for value in (1, 2)
+        ]
+    assert [whole.flatten().tolist() for whole in found] == [[1.0] * 4, [2.0] * 4]
