@@ -42,7 +42,7 @@ class DenoisingLoop:
         callback_block: the `if callback_on_step_end is not None` of the tail, or None.
         latents: the names that the loop carries and the scheduler steps; where they are
             several, each has its own schedule.
-        in_place: the body stores into latents instead of binding them anew.
+        in_place: those that the body stores into instead of binding them anew.
         calls: the denoiser's calls, in order.
         skips: tests above the first call under which the body leaves a step out.
         stops: tests of the tail under which the loop ends early.
@@ -57,7 +57,7 @@ class DenoisingLoop:
     tail: tuple[Statement, ...]
     callback_block: cst.If | None
     latents: tuple[str, ...]
-    in_place: bool
+    in_place: tuple[str, ...]
     calls: tuple[TransformerCall, ...]
     skips: tuple[cst.If, ...] = ()
     stops: tuple[cst.If, ...] = ()

@@ -323,8 +323,8 @@ def _is_tail(module: ParsedModule, statement: Statement) -> bool:
 
 def _latents(
     module: ParsedModule, loop: cst.For, body: Sequence[Statement]
-) -> tuple[tuple[str, ...], bool]:
-    """The carried names that scheduler steps end in, and whether one is stored into."""
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The carried names that scheduler steps end in, and those that are stored into."""
     targets: dict[str, bool] = {}
     for step in _steps(module, loop.body):
         small = next(
@@ -344,13 +344,13 @@ def _latents(
     # A result may be put together with other parts before it becomes the latents.
     derived = _derived(module, body, set(targets) - set(latents)) & kept
     latents += sorted(derived - set(latents))
-    stored = any(
-        isinstance(target.target, cst.Subscript)
-        and dotted(target.target.value) in latents
+    stored = {
+        dotted(target.target.value)
         for part in body
         for target in find(part, cst.AssignTarget)
-    )
-    return tuple(latents), stored
+        if isinstance(target.target, cst.Subscript)
+    }
+    return tuple(latents), tuple(name for name in latents if name in stored)
 
 
 def _derived(

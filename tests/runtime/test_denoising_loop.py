@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ from tests.ranks import run_ranks
 from xfuser_runtime.config import EngineConfig, ParallelConfig
 from xfuser_runtime.distributed import initialize_model_parallel, parallel_state
 from xfuser_runtime.distributed.runtime_state import initialize_runtime_state
+from xfuser_runtime.pipelines import base_pipeline
+from xfuser_runtime.pipelines.base_pipeline import xFuserPipelineBaseWrapper
 from xfuser_runtime.pipelines.denoising_loop import DenoisingLoop
 from xfuser_runtime.replay.faults import injected
 
 STEPS = 4
+CALLED = SimpleNamespace(call_index=0)
 
 
 def _run(
@@ -55,3 +59,32 @@ def test_the_fault_drops_the_further_ones_alone() -> None:
     (first, _), _ = run_ranks(_run, 2, False, "further_latents_dropped")
     assert first[:, 0].tolist() == [0, 1, 2, 3]
     assert first[:, 1].tolist() == [0, 0, 0, 0]
+
+
+def test_latents_that_a_call_does_without_are_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Loop:
+        """Adds 1 to what it is given."""
+
+        def receive(self, *latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return tuple(x + 1 for x in latents)
+
+        def commit(
+            self, before: tuple[torch.Tensor, ...], after: tuple[torch.Tensor, ...]
+        ) -> tuple[torch.Tensor, ...]:
+            assert len(before) == len(after)
+            return self.receive(*after)
+
+    pipeline = object.__new__(xFuserPipelineBaseWrapper)
+    vars(pipeline)["_xfuser_loop"] = Loop()
+    monkeypatch.setattr(base_pipeline, "get_runtime_state", lambda: CALLED)
+    video = torch.zeros(2)
+    before = received, sound = pipeline._receive_patch(video, None)
+    assert sound is None and torch.equal(received, video + 1)
+    committed, sound = pipeline._commit_patch(before, received, sound)
+    assert sound is None and torch.equal(committed, video + 2)
+    alone = pipeline._receive_patch(video)
+    assert torch.equal(pipeline._commit_patch(alone, alone), video + 2)
+    skipped, sound = pipeline._skip_patch(video, None)
+    assert sound is None and torch.equal(skipped, video + 1)

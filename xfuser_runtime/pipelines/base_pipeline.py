@@ -182,14 +182,14 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
         """One pass for each patch of each step that `_sync_pipeline` left (PipeFusion)."""
         yield from self._watched(self._loop.async_steps())
 
-    def _receive_patch(self, *latents: torch.Tensor) -> Any:
+    def _receive_patch(self, *latents: torch.Tensor | None) -> Any:
         """The latents this pass starts from; see `DenoisingLoop.receive`.
 
-        Several come back as a tuple, one bare.
+        Several come back as a tuple, one bare.  Latents that a call does without are None.
         """
-        return _bare(self._loop.receive(*latents))
+        return _as_given(latents, self._loop.receive(*_held(latents)))
 
-    def _commit_patch(self, before: Any, *latents: torch.Tensor) -> Any:
+    def _commit_patch(self, before: Any, *latents: torch.Tensor | None) -> Any:
         """The latents after this pass; see `DenoisingLoop.commit`.
 
         Args:
@@ -201,12 +201,13 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
                 hook installed before wrapping still calls upstream's forward, say).
         """
         _check_entered(get_runtime_state().call_index)
-        held = before if isinstance(before, tuple) else (before,)
-        return _bare(self._loop.commit(held, latents))
+        held = _held(before if isinstance(before, tuple) else (before,))
+        return _as_given(latents, self._loop.commit(held, _held(latents)))
 
-    def _skip_patch(self, *latents: torch.Tensor) -> Any:
+    def _skip_patch(self, *latents: torch.Tensor | None) -> Any:
         """The latents after a pass that the loop leaves out: as they were received."""
-        return _bare(self._loop.commit(latents, latents))
+        held = _held(latents)
+        return _as_given(latents, self._loop.commit(held, held))
 
     def _step_is_complete(self) -> bool:
         """True in the last pass of a step: callbacks and the progress bar run once a step."""
@@ -335,7 +336,14 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
         attributes["_interrupt"] = bool(all_reduce_max(wanted, group))
 
 
-def _bare(latents: Latents) -> Any:
+def _held(latents: Iterable[torch.Tensor | None]) -> Latents:
+    return tuple(each for each in latents if each is not None)
+
+
+def _as_given(given: tuple[torch.Tensor | None, ...], held: Latents) -> Any:
+    """`held` with None where `given` has it; one bare, several as a tuple."""
+    rest = iter(held)
+    latents = tuple(None if each is None else next(rest) for each in given)
     return latents[0] if len(latents) == 1 else latents
 
 

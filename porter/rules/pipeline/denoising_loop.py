@@ -87,7 +87,10 @@ class DenoisingLoopPasses(Rule[PipelineContext]):
         text = f"{_BEFORE} = {names} = self._receive_patch({names})"
         if loop.in_place:
             # The body stores into the latents: what it started from must be a copy.
-            copies = ", ".join(f"{name}.clone()" for name in loop.latents)
+            copies = ", ".join(
+                f"{name}.clone()" if name in loop.in_place else name
+                for name in loop.latents
+            )
             text = f"{names} = self._receive_patch({names})\n{_BEFORE} = {copies}"
         if loop.interrupt is not None:
             return self.insert_after(
