@@ -150,7 +150,7 @@ class LatentProbe:
         """Whether anything in a variable follows the latents' values."""
         if self._latents is None:
             return False
-        before = self._streams(None).get(blocks, {})
+        before = self._streams().get(blocks, {})
         after = self._streams((0, 0, self._latents.shape[0])).get(blocks, {})
         return any(
             not torch.equal(leaf, after[key])
