@@ -8,6 +8,7 @@ that the lock can keep them beside the hashes of the source they were taken from
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,18 +120,24 @@ class PipelineFacts:
     """A pipeline and its denoising transformers.
 
     Attributes:
-        cfg_style: "batched", "sequential", "carried" (doubled, and so are the latents) or
-            "none": how the loop calls the transformer.
+        cfg_style: how the loop calls the transformer: "batched", "carried" (doubled, and so
+            are the latents), "padded" (the halves cannot be computed alone), "sequential",
+            "single" (alike with guidance and without) or "none" (not to be told).
         cfg_axes: for a batched call, the axis that guidance doubles of each argument, or
             ITEMS for a list of one item a picture.
         transformers: facts by component name.
-        helpers: other models that a step calls (a ControlNet); every rank runs them whole.
+        helpers: other models that a step calls (a ControlNet).
+        cfg_helper_axes: as `cfg_axes`, by helper, where each rank runs its branch alone; any
+            other helper runs whole on every rank.
     """
 
     cfg_style: str
     cfg_axes: Mapping[str, int | str]
     transformers: Mapping[str, TransformerFacts]
     helpers: tuple[str, ...] = ()
+    cfg_helper_axes: Mapping[str, Mapping[str, int | str]] = dataclasses.field(
+        default_factory=dict
+    )
 
 
 def to_json(facts: Any) -> Any:
@@ -147,7 +154,16 @@ def facts_from_json(data: Mapping[str, Any]) -> PipelineFacts:
             name: _transformer(item) for name, item in data["transformers"].items()
         },
         helpers=tuple(data.get("helpers", ())),
+        cfg_helper_axes={
+            name: dict(axes) for name, axes in data.get("cfg_helper_axes", {}).items()
+        },
     )
+
+
+def axes_literal(axes: Mapping[str, int | str]) -> str:
+    """Doubled axes as the text of a dict."""
+    items = (f"{json.dumps(k)}: {json.dumps(axis)}" for k, axis in sorted(axes.items()))
+    return f"{{{', '.join(items)}}}"
 
 
 def _transformer(data: Mapping[str, Any]) -> TransformerFacts:

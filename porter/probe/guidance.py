@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,21 +19,30 @@ from porter.probe.capture import (
     TransformerCall,
     first_step_calls,
 )
+from porter.probe.halves import Axes, halves_agree
 from porter.probe.leaves import leaf_shapes
 from porter.source import is_transformer
 
 BATCHES = (1, 2, 3)
 KwargsOf = Callable[..., Mapping[str, Any]]
-Axes = dict[str, int | str]
-#: The calls of one step, in order.
-_Calls = Sequence[TransformerCall]
+#: Calls of one step by batch size.
+_Calls = dict[int, tuple[TransformerCall, ...]]
 #: Values of one argument, one a batch size, with guidance and without.
 _Values = Sequence[Any]
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """How guidance reaches the transformers: the fields of `PipelineFacts` of these names."""
+
+    style: str
+    axes: Axes = field(default_factory=dict)
+    helper_axes: Mapping[str, Axes] = field(default_factory=dict)
+
+
 def measure_guidance(
     pipeline: Any, kwargs_of: KwargsOf, batches: Sequence[int] = BATCHES
-) -> tuple[str, Axes]:
+) -> Guidance:
     """The style of guidance of the transformers' calls and, for a batched call, the doubled axes.
 
     Args:
@@ -41,13 +51,14 @@ def measure_guidance(
         batches: what `batch_size` to ask for, 1 first.
 
     Returns:
-        ("batched", axes by argument path), ("sequential", {}), ("carried", {}) where the
-        scheduler steps both branches, ("padded", {}) where tensors are as long as the
-        longest item of a list of both branches, or ("none", {}) where nothing is doubled or stock
-        does not run with one prompt.
+        Its style is "batched"; "carried" where the scheduler steps both branches;
+        "padded" where each branch alone gives another result, since tensors are as long as
+        the longest item of a list of both branches; "sequential"; "single" where a guided
+        step calls the transformer as any other does; "none" where nothing is doubled or
+        stock does not run with one prompt.
     """
-    on: dict[int, tuple[TransformerCall, ...]] = {}
-    off: dict[int, tuple[TransformerCall, ...]] = {}
+    on: _Calls = {}
+    off: _Calls = {}
     for batch in batches:
         try:
             guided = _calls(pipeline, kwargs_of, batch, True)
@@ -56,25 +67,48 @@ def measure_guidance(
             # Stock itself fails at this batch size.
             continue
         on[batch] = guided
-        if batch == batches[0] and _makes_two_calls(on[batch], off[batch]):
-            return "sequential", {}
+        if batch == batches[0] and _makes_two_calls(
+            _of_transformers(guided), _of_transformers(off[batch])
+        ):
+            return Guidance("sequential")
+    helpers = {
+        c.component for b in on for c in on[b] if not is_transformer(c.component)
+    }
+    helper_axes = {name: _doubled(*_only(name, on, off)) for name in sorted(helpers)}
+    on, off = (
+        {batch: _of_transformers(calls[batch]) for batch in on} for calls in (on, off)
+    )
     if batches[0] not in on or any(_counted(on[b]) != _counted(off[b]) for b in on):
-        return "none", {}
-    axes = _doubled_axes(on, off)
-    if axes and any(on[b][-1].stepped_rows == 2 * b for b in on):
-        return "carried", {}
-    if ITEMS in axes.values() and _has_padded(axes, on[batches[0]][-1].arguments):
-        return "padded", {}
-    return ("batched", axes) if axes else ("none", {})
+        return Guidance("none")
+    axes = _doubled(on, off)
+    if not axes:
+        alike = all(_shapes(on[batch]) == _shapes(off[batch]) for batch in on)
+        return Guidance("single" if alike else "none")
+    if any(on[b][-1].stepped_rows == 2 * b for b in on):
+        return Guidance("carried", axes)
+    if ITEMS in axes.values() and not _halves_agree(pipeline, kwargs_of, axes, on):
+        return Guidance("padded", axes, {n: a for n, a in helper_axes.items() if a})
+    return Guidance("batched", axes)
 
 
-def _doubled_axes(on: Mapping[int, _Calls], off: Mapping[int, _Calls]) -> Axes:
+def _halves_agree(pipeline: Any, kwargs_of: KwargsOf, axes: Axes, on: _Calls) -> bool:
+    """Whether each branch can be computed alone, with short prompts and with long ones."""
+    longer = {batch: _calls(pipeline, kwargs_of, batch, True, text=1) for batch in on}
+    return all(
+        halves_agree(pipeline.components[call.component], call.arguments, axes, batch)
+        for found in (on, longer)
+        for batch, calls in found.items()
+        for call in _of_transformers(calls)
+    )
+
+
+def _doubled(on: _Calls, off: _Calls) -> Axes:
     """The doubled axes of the one call of a step that has any, by batch size.
 
     Further calls on one branch alone may stand before or behind it.
     """
     batches = tuple(on)
-    for place in reversed(range(len(on[batches[0]]))):
+    for place in reversed(range(len(on[batches[0]]) if batches else 0)):
         guided = [on[b][place].arguments for b in batches]
         plain = [off[b][place].arguments for b in batches]
         axes = _Doubling(batches).axes("", guided, plain)
@@ -87,13 +121,26 @@ def _doubled_axes(on: Mapping[int, _Calls], off: Mapping[int, _Calls]) -> Axes:
     return {}
 
 
-def _has_padded(axes: Axes, arguments: Mapping[str, Any]) -> bool:
-    """Whether tensors of tokens come with a list, whose items may differ in length.
+def _only(component: str, *every: _Calls) -> tuple[_Calls, ...]:
+    """The calls of one component; none where their number differs."""
+    found = [
+        {
+            b: tuple(c for c in calls if c.component == component)
+            for b, calls in of.items()
+        }
+        for of in every
+    ]
+    counts = {len(of[b]) for of in found for b in of}
+    batches = list(found[0]) if len(counts) == 1 else []
+    return tuple({b: of[b] for b in batches} for of in found)
 
-    They are as long as the longest item of both branches, whatever a rank has of them.
-    """
-    shapes = leaf_shapes(arguments)
-    return any(len(shapes.get(path, ())) > 2 for path in axes)
+
+def _of_transformers(calls: Sequence[TransformerCall]) -> tuple[TransformerCall, ...]:
+    return tuple(call for call in calls if is_transformer(call.component))
+
+
+def _shapes(calls: Sequence[TransformerCall]) -> list[Any]:
+    return [(call.component, leaf_shapes(call.arguments)) for call in calls]
 
 
 def _makes_two_calls(
@@ -114,10 +161,10 @@ def _counted(calls: Sequence[TransformerCall]) -> Counter[str]:
 
 
 def _calls(
-    pipeline: Any, kwargs_of: KwargsOf, batch: int, guidance: bool
+    pipeline: Any, kwargs_of: KwargsOf, batch: int, guidance: bool, **more: Any
 ) -> tuple[TransformerCall, ...]:
-    calls = first_step_calls(pipeline, kwargs_of(batch_size=batch, guidance=guidance))
-    return tuple(call for call in calls if is_transformer(call.component))
+    kwargs = kwargs_of(batch_size=batch, guidance=guidance, **more)
+    return first_step_calls(pipeline, kwargs)
 
 
 class _Doubling:

@@ -13,7 +13,7 @@ from porter.analysis.facts import PipelineFacts, TransformerFacts
 from porter.errors import Refusal
 from porter.parsed import ParsedModule
 from porter.probe.capture import TransformerCall, called_each_step, first_step_calls
-from porter.probe.guidance import BATCHES, Axes, measure_guidance
+from porter.probe.guidance import BATCHES, Guidance, measure_guidance
 from porter.probe.loop_probe import BATCHED
 from porter.probe.stock import upstream_runs
 from porter.probe.transformer import probe_transformer
@@ -40,7 +40,7 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
         pipeline = pipeline_class.from_pretrained(folder)  # type: ignore[attr-defined]
     pipeline.set_progress_bar_config(disable=True)
     with upstream_runs(pipeline_class):
-        style, axes, runs = _measured_runs(pipeline)
+        guidance, runs = _measured_runs(pipeline)
         batched = _batched_runs(pipeline)
     transformers = {
         name: _transformer_facts(
@@ -61,7 +61,9 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
     if helpers:
         kwargs = call_kwargs(pipeline, num_inference_steps=4)
         helpers = called_each_step(pipeline, kwargs, helpers)
-    return PipelineFacts(style, axes, transformers, helpers)
+    return PipelineFacts(
+        guidance.style, guidance.axes, transformers, helpers, guidance.helper_axes
+    )
 
 
 def _transformer_facts(
@@ -83,8 +85,8 @@ def _transformer_facts(
 
 def _measured_runs(
     pipeline: Any,
-) -> tuple[str, Axes, list[dict[str, TransformerCall]]]:
-    """The style of guidance, its axes, and the first calls of each variant."""
+) -> tuple[Guidance, list[dict[str, TransformerCall]]]:
+    """How guidance reaches the transformers, and the first calls of each variant."""
     sizes = image_sizes(pipeline)
     kwargs_of = functools.partial(
         call_kwargs,
@@ -94,12 +96,12 @@ def _measured_runs(
         num_inference_steps=2,
     )
     batches = BATCHES[:1] if takes_one_prompt(pipeline) else BATCHES
-    style, axes = measure_guidance(pipeline, kwargs_of, batches)
+    guidance = measure_guidance(pipeline, kwargs_of, batches)
     runs = []
     for size, text in VARIANTS:
         with _own_size(pipeline, size):
             runs.append(_first_calls(pipeline, sizes[size], text))
-    return style, axes, runs
+    return guidance, runs
 
 
 @contextmanager

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import libcst as cst
+
 from porter.analysis.facts import PipelineFacts
+from porter.analysis.helpers import helper_calls
 from porter.analysis.pipeline_source import PipelineSource
 
 #: Modes in which several ranks make one call of the transformer.
@@ -18,6 +21,10 @@ def measured_as(cfg_style: str) -> str:
     return "sequential" if cfg_style == "entries" else cfg_style
 
 
+#: Measured styles that a doubled call shows.
+_DOUBLED = ("batched", "carried", "padded")
+
+
 @dataclass(frozen=True)
 class PipelineContext:
     """A pipeline as its source shows it and as a run of the shrunken model measured it."""
@@ -28,8 +35,25 @@ class PipelineContext:
     @property
     def cfg_style(self) -> str:
         """How guidance is split; "none" unless source and measurement agree."""
+        measured = self.facts.cfg_style
+        if measured == "padded" and not self.split_helpers:
+            return "none"
+        if measured in _DOUBLED:
+            measured = "batched"
         shown = measured_as(self.source.cfg_style)
-        return self.source.cfg_style if shown == self.facts.cfg_style else "none"
+        return self.source.cfg_style if shown == measured else "none"
+
+    @property
+    def split_helpers(self) -> Mapping[cst.Call, str]:
+        """The helper calls that each rank makes for its branch alone, with the helper's name.
+
+        Where each branch is padded to its own length, all that makes tensors for the
+        transformer's call must have seen that branch alone; it may feed nothing else.
+        """
+        loop = self.source.denoising
+        if self.facts.cfg_style != "padded" or loop is None:
+            return {}
+        return helper_calls(self.source.module, loop, self.facts.cfg_helper_axes)
 
     @property
     def refused_modes(self) -> Mapping[str, str]:
@@ -39,8 +63,11 @@ class PipelineContext:
             where = self.source.where
             seen = {
                 "none": "no guidance was measured",
+                "single": "no second branch: a step calls the transformer alike with guidance"
+                " and without it",
                 "padded": "tensors beside a list are padded to the longest of both branches",
-                "carried": "the latents carry both branches through the scheduler",
+                "carried": "the latents carry both branches, in a form that the source"
+                " does not show",
                 "batched": "a doubled batch was measured, not what the source shows",
                 "sequential": "two calls were measured, not what the source shows",
             }

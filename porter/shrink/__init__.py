@@ -3,9 +3,11 @@
 from .checkpoint import component_hints, make_checkpoint, make_pipeline
 from .errors import ShrinkError
 from .kwargs import call_kwargs, image_sizes, takes_one_prompt
+from .table import PROCESSOR_CALLS
 from .weights import enliven
 
 __all__ = [
+    "PROCESSOR_CALLS",
     "ShrinkError",
     "call_kwargs",
     "component_hints",

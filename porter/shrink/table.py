@@ -209,7 +209,7 @@ CALLS: dict[str, Any] = {
     # A default made for one number of steps; a constant scale is passed instead.
     "guidance_schedule": None,
     # Perturbed attention is a third branch, with attention processors that the pipeline sets
-    # while it runs; ports refuse those by name and run the two others.
+    # while it runs: in calls of their own.
     "pag_scale": 0.0,
     # Maps the size to a bucket of its own list, far larger than a test's.
     "use_resolution_binning": False,
@@ -217,6 +217,11 @@ CALLS: dict[str, Any] = {
     "spatio_temporal_guidance_blocks": [1],
 }
 """Arguments of ``__call__`` whose defaults do not fit a small run, by name."""
+
+PROCESSOR_CALLS: dict[str, Any] = {
+    "pag_scale": 3.0,
+}
+"""Arguments of ``__call__``, by name, that make a pipeline set other attention processors."""
 
 CELLS = {
     # A code of its language model stands for two by two image tokens.

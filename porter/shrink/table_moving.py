@@ -240,6 +240,8 @@ COMPONENTS: dict[str, dict[str, dict[str, Any]]] = {
             "head_dim": 24,
         },
         "transformer": {"encoder_hidden_size": 96, "head_dim": 24},
+        # As in released checkpoints: the body guides at times between 0 and 1.
+        "scheduler": {"num_train_timesteps": 1, "shift": 1.0},
         "vae": {"encoder_hidden_size": 64, "decoder_channels": 8},
     },
     # The backbone's table of frames has one length; half of its channels are variance.

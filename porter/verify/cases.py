@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from porter.shrink import call_kwargs, image_sizes
+from porter.shrink import PROCESSOR_CALLS, call_kwargs, image_sizes
 from porter.verify.modes import Mode
 
 #: Every call runs this many steps; fewer hide errors that grow.
@@ -57,6 +57,8 @@ class Case:
         text: index of the set of prompts; the sets differ in length and padding.
         guidance: whether the second branch is on.
         callback: what is called at the end of each step.
+        more: further arguments, under which the pipeline sets attention processors of its
+            own: no port has them, so only layouts that split no tokens can run the call.
     """
 
     batch: int
@@ -64,6 +66,7 @@ class Case:
     text: int
     guidance: bool
     callback: CallbackSpec | None = None
+    more: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -72,10 +75,13 @@ class Case:
         words.append("guided" if self.guidance else "unguided")
         if self.callback is not None:
             words.append(self.callback.name)
+        words += [name for name, _ in self.more]
         return " ".join(words)
 
     def suits(self, mode: Mode) -> bool:
-        """False where the mode has nothing to split on this call."""
+        """False where the mode has nothing to split on this call, or refuses it."""
+        if self.more:
+            return set(mode.kinds) <= {"dp", "cfg"} and self.batch % mode.dp == 0
         if mode.cfg > 1 and not self.guidance:
             return False
         if self.batch % mode.dp:
@@ -99,7 +105,7 @@ class Case:
         )
         if self.callback is not None:
             kwargs |= callback_kwargs(pipeline, self.callback)
-        return kwargs
+        return kwargs | dict(self.more)
 
 
 _PLAIN = (
@@ -121,6 +127,10 @@ def cases_for(pipeline: Any) -> tuple[Case, ...]:
         cases.append(Case(2, 1, 0, True, INTERRUPT))
     if by_name and _takes_cutoff(pipeline):
         cases.append(Case(1, 1, 0, True, CUTOFF))
+    more = tuple((k, v) for k, v in PROCESSOR_CALLS.items() if k in parameters)
+    if more:
+        # Without guidance the batch is doubled too, though not by its branches.
+        cases += [Case(2, 1, 0, guided, more=more) for guided in (True, False)]
     return tuple(cases)
 
 

@@ -21,6 +21,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from porter.source import is_transformer
+
 
 @dataclass(frozen=True)
 class AttentionCall:
@@ -89,26 +91,29 @@ def replaced_attention(replacement: Replacement) -> Iterator[None]:
 @contextlib.contextmanager
 def denoiser_attention(pipeline: Any, replacement: Replacement) -> Iterator[None]:
     """As `replaced_attention`, only while a denoiser of `pipeline` runs: text encoders and
-    the VAE keep theirs.
+    the VAE keep theirs, and what encodes conditions before the first transformer call.
 
     Raises:
         ValueError: the pipeline holds no denoiser.
     """
-    depth = 0
+    depth, begun = 0, False
+    models = denoisers(pipeline)
+    transformers = [model for name, model in models.items() if is_transformer(name)]
 
-    def enter(*_: Any) -> None:
-        nonlocal depth
+    def enter(module: nn.Module, *_: Any) -> None:
+        nonlocal depth, begun
         depth += 1
+        begun |= not transformers or any(module is found for found in transformers)
 
     def leave(*_: Any) -> None:
         nonlocal depth
         depth -= 1
 
     def choose(call: AttentionCall) -> torch.Tensor:
-        return replacement(call) if depth else call.run()
+        return replacement(call) if depth and begun else call.run()
 
     handles = []
-    for module in denoisers(pipeline).values():
+    for module in models.values():
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave, always_call=True))
     try:

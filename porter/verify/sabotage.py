@@ -44,6 +44,8 @@ MASK_FAULT = "mask_dropped"
 LATENTS_FAULT = "further_latents_dropped"
 #: Those that break the kernel of the attention: none of a model whose attention is a sum.
 KERNEL_FAULTS = ("ring_exchange_dropped", "ulysses_exchange_dropped", "key_doubled")
+#: Of guidance, where each rank runs other models for its branch alone.
+HELPER_FAULT = "cfg_helper_output_dropped"
 #: Of any split of the tokens, by what the blocks do with them.
 MIXING_FAULTS = {
     "token_sums": "token_sum_dropped",
@@ -61,21 +63,24 @@ class Mechanisms:
         masks: whether dropping the masks changes stock's result.
         mixing: keys of `MIXING_FAULTS`, in their order.
         several_latents: whether the loop steps more than one tensor.
+        helpers: whether each rank runs other models for its guidance branch alone.
     """
 
     kernels: bool = True
     masks: bool = False
     mixing: tuple[str, ...] = ()
     several_latents: bool = False
+    helpers: bool = False
 
     @classmethod
-    def of(cls, transformers: Mapping[str, Any], latents: int = 1) -> Mechanisms:
-        """From the measured facts of a port's transformers, as the lock keeps them.
+    def of(cls, facts: Mapping[str, Any], latents: int = 1) -> Mechanisms:
+        """From the measured facts of a port, as the lock keeps them.
 
         Args:
-            transformers: by component.
+            facts: of the pipeline.
             latents: how many of them the loop carries.
         """
+        transformers = facts.get("transformers", {})
         found = [item.get("mixing", {}) for item in transformers.values()]
         keys = [k for item in transformers.values() for k in item["attention"].values()]
         return cls(
@@ -84,6 +89,7 @@ class Mechanisms:
                 name for name in MIXING_FAULTS if any(item.get(name) for item in found)
             ),
             several_latents=latents > 1,
+            helpers=bool(facts.get("cfg_helper_axes")),
         )
 
 
@@ -113,6 +119,8 @@ def _faults_of(kind: str, has: Mechanisms) -> tuple[str, ...]:
     faults = tuple(
         fault for fault in FAULTS[kind] if has.kernels or fault not in KERNEL_FAULTS
     )
+    if kind == "cfg" and has.helpers:
+        faults += (HELPER_FAULT,)
     if kind not in _OF_TOKENS:
         several = kind == "pp" and has.several_latents
         return (*faults, LATENTS_FAULT) if several else faults

@@ -108,7 +108,7 @@ def _mechanisms(name: str, generated: Path) -> Mechanisms:
     entry = read_lock(generated).ports.get(name, {})
     loop = read_pipeline(name)[1].rewritten_loop
     return Mechanisms.of(
-        entry.get("facts", {}).get("transformers", {}),
+        entry.get("facts", {}),
         latents=1 if loop is None else len(loop.latents),
     )
 
@@ -147,7 +147,7 @@ class _Subject:
         try:
             found = reference(self.pipeline, call)
         except Exception as error:
-            if case.callback is None and case.batch == 1:
+            if case.callback is None and case.batch == 1 and not case.more:
                 raise PorterError(
                     f"{type(self.pipeline).__name__} fails on {case.name}: {error}",
                     expected="a stock run",
@@ -179,7 +179,7 @@ class _Subject:
         """The case that faults are injected into."""
         if self.sabotaged.suits(mode):
             return self.sabotaged
-        plain = (case for case in self.cases(mode) if case.callback is None)
+        plain = (c for c in self.cases(mode) if c.callback is None and not c.more)
         return next(plain, self.sabotaged)
 
     def displaced_outputs(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from porter.probe.guidance import measure_guidance
+from porter.probe.guidance import Guidance, measure_guidance
 from porter.shrink.kwargs import _guides_at_one
 
 
@@ -26,21 +26,35 @@ class Pipeline:
         class Transformer(ModelMixin):  # type: ignore[misc]
             def forward(
                 self, x: Any, ids: Any = None, scale: Any = None, control: Any = None
-            ) -> None: ...
+            ) -> Any:
+                longest = max(len(sample) for sample in x)
+                if control is not None and control[0].shape[1] != longest:
+                    raise ValueError("tokens of another length")
+                return (list(x),)
+
+        class Control(ModelMixin):  # type: ignore[misc]
+            def forward(self, x: Any) -> Any:
+                longest = max(len(sample) for sample in x)
+                return {0: torch.zeros(len(x), longest, 3)}
 
         self.style = style
         self.scheduler = Scheduler()
         self.components = {"transformer": Transformer()}
+        if "control" in style:
+            self.components["controlnet"] = Control()
 
-    def __call__(self, batch: int, guided: bool) -> None:
+    def __call__(self, batch: int, guided: bool, text: int = 0) -> None:
         transformer, latents = self.components["transformer"], torch.zeros(batch, 3)
         twice = 2 if guided or self.style == "always" else 1
         x: Any = torch.zeros(batch * twice, 3)
         control = None
-        if self.style in ("lists", "lists and tokens"):
-            x = list(x)
+        if "lists" in self.style:
+            # Of long prompts alone the branches differ in length.
+            x = [torch.zeros(3 + 4 * text * (n < batch)) for n in range(batch * twice)]
         if "tokens" in self.style:
-            control = {0: torch.zeros(batch * twice, 5, 3)}
+            control = {0: torch.zeros(batch * twice, 3, 3)}
+        if "control" in self.style:
+            control = self.components["controlnet"](x)
         ids = torch.zeros(4, 2)  # four positions, for any batch
         if self.style in ("two calls", "two calls always"):
             for _ in range(2 if guided or "always" in self.style else 1):
@@ -51,25 +65,35 @@ class Pipeline:
         if self.style == "further calls":
             transformer(latents, ids)
             transformer(latents, ids)
-        self.scheduler.step(None, 0, latents)
+        both = self.style == "both in the latents"
+        self.scheduler.step(None, 0, torch.cat([latents] * twice) if both else latents)
 
 
 @pytest.mark.parametrize(
     ("style", "expected"),
     [
-        ("one call", ("batched", {"x": 0, "scale.of": 1})),
-        ("lists", ("batched", {"x": "items", "scale.of": 1})),
-        ("lists and tokens", ("padded", {})),
-        ("tokens", ("batched", {"x": 0, "scale.of": 1, "control.0": 0})),
-        ("always", ("batched", {"x": 0, "scale.of": 1})),
-        ("further calls", ("batched", {"x": 0, "scale.of": 1})),
-        ("two calls", ("sequential", {})),
-        ("two calls always", ("sequential", {})),
+        ("one call", Guidance("batched", {"x": 0, "scale.of": 1})),
+        ("short lists", Guidance("batched", {"x": "items", "scale.of": 1})),
+        (
+            "lists and control",
+            Guidance(
+                "padded",
+                {"x": "items", "scale.of": 1, "control.0": 0},
+                {"controlnet": {"x": "items"}},
+            ),
+        ),
+        ("tokens", Guidance("batched", {"x": 0, "scale.of": 1, "control.0": 0})),
+        ("always", Guidance("batched", {"x": 0, "scale.of": 1})),
+        ("both in the latents", Guidance("carried", {"x": 0, "scale.of": 1})),
+        ("further calls", Guidance("batched", {"x": 0, "scale.of": 1})),
+        ("two calls", Guidance("sequential")),
+        ("two calls always", Guidance("sequential")),
     ],
 )
-def test_styles(style: str, expected: Any) -> None:
-    def kwargs_of(*, batch_size: int, guidance: bool) -> dict[str, Any]:
-        return {"batch": batch_size, "guided": guidance}
+def test_styles(style: str, expected: Guidance) -> None:
+    def kwargs_of(*, batch_size: int, guidance: bool, text: int = 0) -> dict[str, Any]:
+        length = 0 if style == "short lists" else text
+        return {"batch": batch_size, "guided": guidance, "text": length}
 
     assert measure_guidance(Pipeline(style), kwargs_of) == expected
 
@@ -78,16 +102,23 @@ def test_a_pipeline_of_one_prompt_is_asked_for_one() -> None:
     def kwargs_of(*, batch_size: int, guidance: bool) -> dict[str, Any]:
         return {"batch": 1, "guided": guidance}
 
-    expected = ("batched", {"x": 0, "scale.of": 1})
-    assert measure_guidance(Pipeline("one call"), kwargs_of) == ("none", {})
+    expected = Guidance("batched", {"x": 0, "scale.of": 1})
+    assert measure_guidance(Pipeline("one call"), kwargs_of) == Guidance("none")
     assert measure_guidance(Pipeline("one call"), kwargs_of, (1,)) == expected
 
 
-def test_nothing_doubled_is_no_guidance() -> None:
+def test_a_step_alike_with_guidance_has_one_branch() -> None:
     def kwargs_of(*, batch_size: int, guidance: bool) -> dict[str, Any]:
         return {"batch": batch_size, "guided": False}
 
-    assert measure_guidance(Pipeline("one call"), kwargs_of) == ("none", {})
+    assert measure_guidance(Pipeline("one call"), kwargs_of) == Guidance("single")
+
+
+def test_stock_that_fails_tells_nothing() -> None:
+    def kwargs_of(*, batch_size: int, guidance: bool) -> dict[str, Any]:
+        raise ValueError("no such prompt")
+
+    assert measure_guidance(Pipeline("one call"), kwargs_of) == Guidance("none")
 
 
 @pytest.mark.parametrize(("bound", "expected"), [(0, True), (1, False)])

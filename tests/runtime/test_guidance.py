@@ -14,10 +14,13 @@ from diffusers.guiders import (
 )
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
-from tests.ranks import run_ranks
+from tests.ranks import RankError, run_ranks
 from xfuser_runtime.config import EngineConfig, ParallelConfig
 from xfuser_runtime.distributed import initialize_model_parallel
-from xfuser_runtime.distributed.runtime_state import initialize_runtime_state
+from xfuser_runtime.distributed.runtime_state import (
+    get_runtime_state,
+    initialize_runtime_state,
+)
 from xfuser_runtime.errors import InputError
 from xfuser_runtime.pipelines import cfg, guiders
 from xfuser_runtime.transformers.outputs import template_of
@@ -26,8 +29,9 @@ from xfuser_runtime.transformers.outputs import template_of
 class Transformer:
     """Counts its calls; a list of samples gives a list, one tensor gives one tensor."""
 
-    def __init__(self) -> None:
+    def __init__(self, foreign: object = None) -> None:
         self.samples = 0
+        self.foreign = foreign
 
     def forward(self, x: Any, scale: torch.Tensor, as_object: bool = False) -> Any:
         self.samples += len(x)
@@ -47,6 +51,7 @@ def _session() -> None:
     initialize_runtime_state(EngineConfig(parallel_config=config))
     initialize_model_parallel(config)
     cfg.wrapped_transformer = lambda transformer: transformer  # type: ignore[assignment]
+    cfg.foreign_processor = lambda transformer: transformer.foreign
 
 
 def _lists(rank: int, as_object: bool, broken: bool) -> tuple[list[torch.Tensor], int]:
@@ -97,6 +102,69 @@ def test_keys_of_a_dict_that_are_numbers_stay_numbers() -> None:
             0: 10.0 * (rank + 1),
             2: 100.0 * (rank + 1),
         }
+
+
+def _with_helper(rank: int, guided: bool) -> tuple[torch.Tensor, int]:
+    """A helper whose tokens are as many as the longest item that it sees."""
+    _session()
+    transformer = Transformer()
+
+    class Helper(Transformer):
+        def forward(self, x: list[torch.Tensor]) -> torch.Tensor:
+            return torch.tensor([float(max(map(len, x)))] * len(x))
+
+        __call__ = forward
+
+    samples = [torch.ones(length) for length in ((3, 3, 5, 5) if guided else (5, 5))]
+    control = cfg.helper_call(Helper(), {"x": "items"}, 2)(samples)
+    call = cfg.batched_call(transformer, {"x": 0, "scale": 0}, 2)
+    (output,) = call(torch.ones(len(samples), 1), control)
+    return output, transformer.samples
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_helper_sees_its_own_branch_alone(guided: bool) -> None:
+    expected = torch.tensor([3.0, 3.0, 5.0, 5.0] if guided else [5.0, 5.0])
+    for output, samples in run_ranks(_with_helper, 2, guided):
+        assert torch.equal(output[:, 0], expected)
+        assert samples == 2
+
+
+def _with_foreign_processor(rank: int, split_before: bool) -> tuple[int, ...]:
+    _session()
+    counts = []
+    for call in (_batched, _branches, _two_entries):
+        transformer = Transformer(foreign=object())
+        get_runtime_state().cfg_batch_is_split = split_before
+        call(transformer)
+        counts.append(transformer.samples)
+    return tuple(counts)
+
+
+def _batched(transformer: Transformer) -> None:
+    call = cfg.batched_call(transformer, {"x": 0, "scale": 0}, 1)
+    call(torch.ones(2, 3), torch.ones(2))
+
+
+def _branches(transformer: Transformer) -> None:
+    for branch in range(2):
+        cfg.branch_call(transformer, branch, True)(torch.ones(1, 3), torch.ones(1))
+
+
+def _two_entries(transformer: Transformer) -> None:
+    entries = [SimpleNamespace(), SimpleNamespace()]
+    for entry in guiders.entries(entries, "noise_pred"):
+        call = guiders.entry_call(transformer)
+        entry.noise_pred = call(torch.ones(1, 3), torch.ones(1))[0]
+
+
+def test_guidance_is_not_split_with_processors_that_were_not_measured() -> None:
+    assert run_ranks(_with_foreign_processor, 2, False) == [(2, 2, 2)] * 2
+
+
+def test_a_batch_that_is_split_already_admits_no_such_processor() -> None:
+    with pytest.raises(RankError, match="not supported by xFuser with a batch"):
+        run_ranks(_with_foreign_processor, 2, True)
 
 
 def _pairs(rank: int) -> Any:

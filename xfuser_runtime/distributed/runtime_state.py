@@ -73,6 +73,8 @@ class RuntimeState:
         region: the block loop that is running, None outside.
         latent_slice: this pass's region of the latents, None for a whole pass.
         cfg_batch_is_split: the doubled batch holds this rank's guidance branch only.
+        cfg_helpers_are_split: what other models made for the next transformer call is of
+            this rank's branch only.
         cfg_branches_are_split: this rank makes only one of two sequential guidance calls.
         cfg_entry_is_skipped: another rank computes the guider's entry whose turn it is.
         has_symmetric_memory: the ranks of the Ulysses group can write to each other's memory.
@@ -165,6 +167,7 @@ class RuntimeState:
         self._row_borders: tuple[int, ...] | None = None
         self._patch_dim, self._patch_extent = 0, 0
         self.cfg_batch_is_split = False
+        self.cfg_helpers_are_split = False
         self.cfg_branches_are_split = False
         self.cfg_entry_is_skipped = False
         self.start_pass(step=-1, patch=None)

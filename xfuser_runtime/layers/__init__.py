@@ -15,6 +15,7 @@ from xfuser_runtime.layers.gathered import (
     TokenCut,
     wrap_gathered,
 )
+from xfuser_runtime.layers.processors import foreign_processor
 from xfuser_runtime.layers.register import (
     xFuserAttentionProcessorRegister,
     xFuserLayerWrappersRegister,
@@ -25,6 +26,7 @@ __all__ = [
     "GatheredModule",
     "RowBands",
     "TokenCut",
+    "foreign_processor",
     "reset_kv_caches",
     "row_bands",
     "wrap_attention",

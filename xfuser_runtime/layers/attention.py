@@ -34,10 +34,8 @@ from xfuser_runtime.layers.base import (
     rebind_forward,
     xFuserLayerBaseWrapper,
 )
-from xfuser_runtime.layers.register import (
-    xFuserAttentionProcessorRegister,
-    xFuserLayerWrappersRegister,
-)
+from xfuser_runtime.layers.processors import fit_processor
+from xfuser_runtime.layers.register import xFuserLayerWrappersRegister
 
 _SITE = "_xfuser_attention_site"
 
@@ -49,7 +47,7 @@ class xFuserAttentionBaseWrapper(xFuserLayerBaseWrapper):
         # Every way to set a processor ends in this assignment: `set_processor`,
         # `set_attn_processor`, loading of adapters, fusing of projections.
         if name == "processor":
-            value = xFuserAttentionProcessorRegister.convert(value)
+            value = fit_processor(value)
         super().__setattr__(name, value)
 
     def scaled_dot_product_attention(
@@ -221,8 +219,8 @@ def wrap_attention(
         outer_mask: how its mask is made of one vector over the tokens, see `MaskVector`.
 
     Raises:
-        ValueError: the manual's message for a processor or a layer that is not ported. The
-            module is then unchanged.
+        ValueError: the manual's message for a layer that is not ported, or a processor
+            where tokens or blocks are split. The module is then unchanged.
     """
     segments = set(key_segments)
     site = AttentionSite(
@@ -241,7 +239,7 @@ def wrap_attention(
             # Its forward computes attention by itself, on this rank's keys alone.
             wrapper = xFuserLayerWrappersRegister.get_class(original)
         if processor is not None:
-            processor = xFuserAttentionProcessorRegister.convert(processor)
+            processor = fit_processor(processor)
         swap_class(module, wrapper)
         rebind_forward(module, original)
         if processor is not None:

@@ -27,6 +27,11 @@ class xFuserAttentionProcessorRegister(WrapperRegister):
     kind = "Attention Processor class"
 
     @classmethod
+    def is_ported(cls, processor: Any) -> bool:
+        """Whether it is in its ported form already."""
+        return type(processor) in cls._wrappers.values()
+
+    @classmethod
     def convert(cls, processor: Any) -> Any:
         """The ported form of a processor.
 
@@ -37,7 +42,7 @@ class xFuserAttentionProcessorRegister(WrapperRegister):
         Raises:
             ValueError: the class of the processor is not ported (the manual's message).
         """
-        if type(processor) in cls._wrappers.values():
+        if cls.is_ported(processor):
             return processor
         wrapper = cls.get_class(type(processor))
         ported = processor if isinstance(processor, nn.Module) else copy.copy(processor)

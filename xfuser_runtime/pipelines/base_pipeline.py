@@ -242,13 +242,19 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
     ) -> Callable[..., Any]:
         """One transformer call for both branches; see `cfg.batched_call`.
 
-        A loop that is upstream's passes the batch of its latents.
+        A loop that is upstream's passes the batch of its latents, one whose latents carry
+        both branches half of it.
         """
-        if batch_size is None:
-            shape = get_runtime_state().latents_shape
-            assert shape is not None
-            batch_size = shape[0]
-        return cfg.batched_call(transformer, axes, batch_size)
+        return cfg.batched_call(transformer, axes, _batch_of_latents(batch_size))
+
+    def _cfg_helper_call(
+        self,
+        helper: Any,
+        axes: Mapping[str, int | str],
+        batch_size: int | None = None,
+    ) -> Callable[..., Any]:
+        """The call of a model that feeds the transformer; see `cfg.helper_call`."""
+        return cfg.helper_call(helper, axes, _batch_of_latents(batch_size))
 
     def _cfg_branch_call(
         self, transformer: Any, branch: int, other_runs: bool
@@ -345,6 +351,15 @@ def _as_given(given: tuple[torch.Tensor | None, ...], held: Latents) -> Any:
     rest = iter(held)
     latents = tuple(None if each is None else next(rest) for each in given)
     return latents[0] if len(latents) == 1 else latents
+
+
+def _batch_of_latents(given: int | None) -> int:
+    """The batch of the loop's latents, where the caller does not give it."""
+    if given is not None:
+        return given
+    shape = get_runtime_state().latents_shape
+    assert shape is not None
+    return shape[0]
 
 
 def _check_entered(counter: int) -> None:

@@ -18,6 +18,7 @@ import torch
 from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.collectives import all_gather
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
+from xfuser_runtime.layers import foreign_processor, xFuserAttentionProcessorRegister
 from xfuser_runtime.pipelines.components import wrapped_transformer
 from xfuser_runtime.transformers.outputs import map_tensors, tensors_in
 
@@ -68,19 +69,22 @@ def batched_call(
             a dot for keys of dicts and places in lists; "items" for a list of one item a
             picture.  An argument of twice the latents' batch is halved; one of the
             latents' batch has been split already.  Where other batches are among them,
-            as after a callback that ends the guidance, both ranks make the whole call.
+            as after a callback that ends the guidance, both ranks make the whole call; so
+            they do with attention processors that are not ported, which may look at the
+            whole batch.
         batch_size: batch of the latents.
     """
     if parallel_state.get_classifier_free_guidance_world_size() == 1:
         return transformer
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        state = get_runtime_state()
         forward: Any = type(wrapped_transformer(transformer)).forward  # type: ignore[attr-defined]
-        bound = _signature(forward).bind(*args, **kwargs)
-        halves = _Halves(batch_size)
-        for path, axis in axes.items():
-            halves.take(bound.arguments, path.split("."), axis)
-        if not halves.are_all(split_before=get_runtime_state().cfg_batch_is_split):
+        bound, halves = _halved(forward, args, kwargs, axes, batch_size)
+        split_before = state.cfg_batch_is_split or state.cfg_helpers_are_split
+        state.cfg_helpers_are_split = False
+        both = halves.are_all(split_before=split_before)
+        if not both or runs_whole(transformer, split_before=split_before):
             return transformer(*args, **kwargs)
         output = transformer(*bound.args, **bound.kwargs)
         join = _gather_batch
@@ -89,6 +93,70 @@ def batched_call(
         return _joined(join, output, batch_size if halves.of_lists else None)
 
     return call
+
+
+def helper_call(
+    helper: Callable[..., Any], axes: Mapping[str, int | str], batch_size: int
+) -> Callable[..., Any]:
+    """A model that feeds the transformer, run on this rank's branch of a doubled batch.
+
+    What it makes stays a half, and goes into this rank's half of the transformer's call:
+    where each branch has a length of its own, the two fit no other way.
+
+    Args:
+        helper: the model, as upstream made it.
+        axes, batch_size: as for `batched_call`.
+    """
+    if parallel_state.get_classifier_free_guidance_world_size() == 1:
+        return helper
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        forward: Any = type(helper).forward  # type: ignore[attr-defined]
+        bound, halves = _halved(forward, args, kwargs, axes, batch_size)
+        if not halves.are_all(split_before=False):
+            return helper(*args, **kwargs)
+        return _of_branch(helper, bound)
+
+    return call
+
+
+def _of_branch(helper: Callable[..., Any], bound: inspect.BoundArguments) -> Any:
+    """What a helper makes of this rank's branch."""
+    get_runtime_state().cfg_helpers_are_split = True
+    return helper(*bound.args, **bound.kwargs)
+
+
+def _halved(
+    forward: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    axes: Mapping[str, int | str],
+    batch_size: int,
+) -> tuple[inspect.BoundArguments, _Halves]:
+    """The arguments of a call with this rank's half of each doubled one."""
+    bound = _signature(forward).bind(*args, **kwargs)
+    halves = _Halves(batch_size)
+    for path, axis in axes.items():
+        halves.take(bound.arguments, path.split("."), axis)
+    return bound, halves
+
+
+def runs_whole(transformer: Any, *, split_before: bool = False) -> bool:
+    """Whether every rank must make both calls, or the call on both branches.
+
+    An attention processor that is not ported may look at more than one of them.
+
+    Raises:
+        ValueError: there is one, and the batch was halved before the call.
+    """
+    found = foreign_processor(wrapped_transformer(transformer))
+    if found is not None and split_before:
+        raise ValueError(
+            f"{xFuserAttentionProcessorRegister.kind} {type(found).__name__} is not "
+            "supported by xFuser with a batch that each rank has half of; run without "
+            "use_cfg_parallel"
+        )
+    return found is not None
 
 
 def branch_call(transformer: Any, branch: int, other_runs: bool) -> Callable[..., Any]:
@@ -104,6 +172,7 @@ def branch_call(transformer: Any, branch: int, other_runs: bool) -> Callable[...
         state.cfg_branches_are_split = (
             bool(other_runs)
             and parallel_state.get_classifier_free_guidance_world_size() == 2
+            and not runs_whole(transformer)
         )
     if not state.cfg_branches_are_split:
         return transformer  # type: ignore[no-any-return]

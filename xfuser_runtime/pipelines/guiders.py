@@ -16,7 +16,7 @@ import torch
 from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
 from xfuser_runtime.errors import InputError
-from xfuser_runtime.pipelines.cfg import exchange, skipped_call
+from xfuser_runtime.pipelines.cfg import exchange, runs_whole, skipped_call
 
 
 def entries(items: Iterable[Any], attribute: str) -> Iterator[Any]:
@@ -41,7 +41,7 @@ def entries(items: Iterable[Any], attribute: str) -> Iterator[Any]:
 
 def entry_call(transformer: Callable[..., Any]) -> Callable[..., Any]:
     """`transformer`, or a placeholder's maker where the other rank computes the entry."""
-    if get_runtime_state().cfg_entry_is_skipped:
+    if get_runtime_state().cfg_entry_is_skipped and not runs_whole(transformer):
         return skipped_call(transformer)
     return transformer
 

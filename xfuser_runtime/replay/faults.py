@@ -24,6 +24,7 @@ from xfuser_runtime.pipelines import cfg, data_parallel
 from xfuser_runtime.pipelines.denoising_loop import DenoisingLoop
 from xfuser_runtime.schedulers.step import StepCall
 from xfuser_runtime.transformers import region
+from xfuser_runtime.transformers.outputs import map_tensors
 from xfuser_runtime.transformers.stages import StageLinks
 
 
@@ -237,6 +238,18 @@ def _cfg_exchange_dropped(fault: Fault) -> None:
     fault.replace(cfg, "all_gather", broken)
 
 
+def _cfg_helper_output_dropped(fault: Fault) -> None:
+    """What a model makes for this rank's branch is zeros."""
+
+    def broken(original: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            return map_tensors(torch.zeros_like, original(*args))
+
+        return run
+
+    fault.replace(cfg, "_of_branch", broken)
+
+
 def _replica_rows_swapped(fault: Fault) -> None:
     """Every replica takes the rows of the next one."""
 
@@ -339,6 +352,7 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "key_doubled": _key_doubled,
     "mask_dropped": _mask_dropped,
     "cfg_exchange_dropped": _cfg_exchange_dropped,
+    "cfg_helper_output_dropped": _cfg_helper_output_dropped,
     "replica_rows_swapped": _replica_rows_swapped,
     "stage_hand_over_dropped": _stage_hand_over_dropped,
     "stage_feedback_dropped": _stage_feedback_dropped,

@@ -9,6 +9,7 @@ from porter.rules.pipeline.call_decorators import CallDecorators
 from porter.rules.pipeline.cfg_batched_call import CfgBatchedCall
 from porter.rules.pipeline.cfg_branch_calls import CfgBranchCalls
 from porter.rules.pipeline.cfg_guider_entries import CfgGuiderEntries
+from porter.rules.pipeline.cfg_helper_call import CfgHelperCall
 from porter.rules.pipeline.cfg_micro_conditions import CfgMicroConditions
 from porter.rules.pipeline.cfg_restore_batch import CfgRestoreBatch
 from porter.rules.pipeline.cfg_split_batch import CfgSplitBatch
@@ -25,6 +26,7 @@ RULES: tuple[type[Rule[Any]], ...] = (
     DenoisingLoopPasses,
     WholeLatentsFormulas,
     CfgBatchedCall,
+    CfgHelperCall,
     CfgBranchCalls,
     CfgGuiderEntries,
     CfgRestoreBatch,

@@ -5,15 +5,15 @@ Match:    the transformer call of the denoising loop (alternatives in separate b
 Landmark: inside the denoising loop.
 Emit:     `cfg_transformer = self._cfg_batched_call(self.transformer, {argument: axis})`
           above the call, and the call of that name; the axes are what the probe measured. Where the
-          loop stays upstream's, the batch size of the latents is a third argument.
+          loop stays upstream's, the batch size of the latents is a third argument; where the
+          latents carry both branches through the scheduler, half of it.
 Manual:   1.1 step 2, made at the call: it also holds where the batch is doubled in the
           loop or in a helper, which the manual's edit does not reach.
 """
 
 from __future__ import annotations
 
-import json
-
+from porter.analysis.facts import axes_literal
 from porter.analysis.pipeline_modes import doubled_calls
 from porter.parsed import ParsedModule
 from porter.rules.base import Edit, Rule
@@ -33,17 +33,17 @@ class CfgBatchedCall(Rule[PipelineContext]):
         loop = facts.source.denoising
         if loop is None or facts.cfg_style != "batched":
             return []
-        axes = ", ".join(
-            f"{json.dumps(path)}: {json.dumps(axis)}"
-            for path, axis in sorted(facts.facts.cfg_axes.items())
-        )
-        # A loop that stays upstream's does not tell the runtime its latents.
-        kept = loop is not facts.source.rewritten_loop
-        batch = f", {loop.latents[0]}.shape[0]" if kept else ""
+        axes = axes_literal(facts.facts.cfg_axes)
+        batch = ""
+        if facts.facts.cfg_style == "carried":
+            batch = f", {loop.latents[0]}.shape[0] // 2"
+        elif loop is not facts.source.rewritten_loop:
+            # A loop that stays upstream's does not tell the runtime its latents.
+            batch = f", {loop.latents[0]}.shape[0]"
         found = []
         for call in doubled_calls(module, loop):
             name = module.source(call.call.func)
-            split = f"{_NAME} = self._cfg_batched_call({name}, {{{axes}}}{batch})"
+            split = f"{_NAME} = self._cfg_batched_call({name}, {axes}{batch})"
             found += [
                 self.insert_before(module, call.statement, split, at=loop.loop),
                 self.replace(module, call.call.func, _NAME, at=loop.loop),

@@ -59,7 +59,9 @@ def test_a_sabotage_that_did_not_run_shows_nothing(sabotage: Sabotage) -> None:
     assert _verdict(sabotages=(CAUGHT, sabotage)).status == "unproven"
 
 
-EVERYTHING = Mechanisms(masks=True, mixing=tuple(MIXING_FAULTS), several_latents=True)
+EVERYTHING = Mechanisms(
+    masks=True, mixing=tuple(MIXING_FAULTS), several_latents=True, helpers=True
+)
 
 
 def test_table_and_json_say_the_same() -> None:

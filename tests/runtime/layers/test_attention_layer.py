@@ -40,7 +40,12 @@ from xfuser_runtime.distributed.runtime_state import (
     destroy_runtime_state,
 )
 from xfuser_runtime.layers import attention as attention_layer
-from xfuser_runtime.layers import attention_site, wrap_attention
+from xfuser_runtime.layers import (
+    attention_site,
+    foreign_processor,
+    processors,
+    wrap_attention,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +210,10 @@ class TestProcessors:
         assert list(module.state_dict()) == keys
 
     @pytest.mark.parametrize("given", [OtherProcessor(), AttnAddedKVProcessor2_0()])
-    def test_one_that_is_not_ported_is_refused(self, given: Any) -> None:
+    def test_one_that_is_not_ported_is_refused(
+        self, given: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(processors, "get_sequence_parallel_world_size", lambda: 2)
         message = f"Attention Processor class {type(given).__name__} is not supported by xFuser"
         module = attention()
         module.set_processor(given)
@@ -222,6 +230,16 @@ class TestProcessors:
             with pytest.raises(ValueError, match=message):
                 setter(module)
             assert module.processor is held
+
+    def test_one_that_is_not_ported_runs_where_nothing_is_split(self) -> None:
+        given = OtherProcessor()
+        module = attention()
+        module.set_processor(given)
+        wrap_attention(module, ("image",), ("image",))
+        model = nn.Sequential(module)
+        assert module.processor is given and foreign_processor(model) is given
+        module.set_processor(HeadsFirstProcessor())
+        assert foreign_processor(model) is None
 
     def test_a_module_without_processor_is_refused(self) -> None:
         with pytest.raises(
