@@ -136,7 +136,8 @@ def _with_foreign_processor(rank: int, split_before: bool) -> tuple[int, ...]:
     for call in (_batched, _branches, _two_entries):
         transformer = Transformer(foreign=object())
         get_runtime_state().cfg_batch_is_split = split_before
-        call(transformer)
+        with pytest.warns(UserWarning, match="computes both branches"):
+            call(transformer)
         counts.append(transformer.samples)
     return tuple(counts)
 

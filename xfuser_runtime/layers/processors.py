@@ -34,7 +34,15 @@ def fit_processor(processor: Any) -> Any:
     register = xFuserAttentionProcessorRegister
     split = (get_sequence_parallel_world_size(), get_pipeline_parallel_world_size())
     known = register.is_ported(processor) or register.find(type(processor)) is not None
-    return register.convert(processor) if known or split != (1, 1) else processor
+    if known:
+        return register.convert(processor)
+    if split == (1, 1):
+        return processor
+    raise ValueError(
+        f"{register.kind} {type(processor).__name__} is not supported by xFuser where "
+        "tokens or blocks are split; leave out the argument that sets it, or use data "
+        "parallelism and CFG alone"
+    )
 
 
 def foreign_processor(model: nn.Module) -> Any:

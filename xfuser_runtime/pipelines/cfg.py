@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -150,13 +151,18 @@ def runs_whole(transformer: Any, *, split_before: bool = False) -> bool:
         ValueError: there is one, and the batch was halved before the call.
     """
     found = foreign_processor(wrapped_transformer(transformer))
-    if found is not None and split_before:
+    if found is None:
+        return False
+    name = f"{xFuserAttentionProcessorRegister.kind} {type(found).__name__}"
+    if split_before:
         raise ValueError(
-            f"{xFuserAttentionProcessorRegister.kind} {type(found).__name__} is not "
-            "supported by xFuser with a batch that each rank has half of; run without "
-            "use_cfg_parallel"
+            f"{name} is not supported by xFuser with a batch that each rank has half of;"
+            " run without use_cfg_parallel"
         )
-    return found is not None
+    warnings.warn(
+        f"{name} is not ported: each CFG rank computes both branches", stacklevel=2
+    )
+    return True
 
 
 def branch_call(transformer: Any, branch: int, other_runs: bool) -> Callable[..., Any]:
