@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import libcst as cst
 
 from porter.errors import Refusal
-from porter.parsed import ParsedModule, Statement, walk
+from porter.parsed import ParsedModule, Statement, find, walk
 from porter.scope import carried, read_first, reads, writes
 
 _FILLS = ("append", "extend", "insert", "pop")
@@ -106,8 +106,14 @@ def find_block_loops(
     return tuple(loops)
 
 
-def is_checkpoint_test(test: cst.BaseExpression) -> bool:
-    """True for a test that asks for gradients: false under inference."""
+def is_checkpoint_test(module: ParsedModule, test: cst.BaseExpression) -> bool:
+    """True for a test that asks for gradients: false under inference.
+
+    It may be a name that the function binds once, to such a test.
+    """
+    if isinstance(test, cst.Name):
+        bound = _bindings(module, test)
+        return len(bound) == 1 and is_checkpoint_test(module, bound[0])
     return any(
         isinstance(node, cst.Attribute | cst.Name)
         and (node.attr if isinstance(node, cst.Attribute) else node).value
@@ -116,13 +122,29 @@ def is_checkpoint_test(test: cst.BaseExpression) -> bool:
     )
 
 
+def _bindings(module: ParsedModule, name: cst.Name) -> list[cst.BaseExpression]:
+    """What the function around a name assigns to it; nothing where it is a parameter."""
+    for above in module.ancestors(name):
+        if isinstance(above, cst.FunctionDef):
+            parameters = {p.name.value for p in find(above.params, cst.Param)}
+            return [
+                assign.value
+                for assign in find(above.body, cst.Assign)
+                for target in assign.targets
+                if name.value not in parameters
+                and isinstance(target.target, cst.Name)
+                and target.target.value == name.value
+            ]
+    return []
+
+
 def _read_loop(
     module: ParsedModule, forward: cst.FunctionDef, node: cst.For
 ) -> BlockLoop | None:
     blocks, block = _iterated(node)
     if blocks is None or block is None:
         return None
-    checkpoint = _checkpoint_inside(node)
+    checkpoint = _checkpoint_inside(module, node)
     dead = set(walk(checkpoint.body)) if checkpoint is not None else set()
     calls = [
         call
@@ -248,9 +270,9 @@ def _iterated(node: cst.For) -> tuple[str | None, str | None]:
     return None, None
 
 
-def _checkpoint_inside(node: cst.For) -> cst.If | None:
+def _checkpoint_inside(module: ParsedModule, node: cst.For) -> cst.If | None:
     for inner in walk(node.body):
-        if isinstance(inner, cst.If) and is_checkpoint_test(inner.test):
+        if isinstance(inner, cst.If) and is_checkpoint_test(module, inner.test):
             return inner
     return None
 
@@ -261,14 +283,14 @@ def _checkpoint_around(
     for above in module.ancestors(node):
         if above is forward:
             return None
-        if isinstance(above, cst.If) and is_checkpoint_test(above.test):
+        if isinstance(above, cst.If) and is_checkpoint_test(module, above.test):
             return above
     return None
 
 
 def _choice_around(module: ParsedModule, call: cst.Call) -> cst.IfExp | None:
     above = module.parent(call)
-    if isinstance(above, cst.IfExp) and is_checkpoint_test(above.test):
+    if isinstance(above, cst.IfExp) and is_checkpoint_test(module, above.test):
         return above
     return None
 

@@ -70,5 +70,14 @@ COMPONENTS: dict[str, dict[str, dict[str, Any]]] = {
         ),
         _LTX2_3,
     ),
+    "Kandinsky6TI2VAPipeline": {
+        # Optional, but sound is made by default.
+        "audio_vae": {"latent_channels": 20, "hidden_channels": 32, "mel_bins": 16},
+        "vocoder": {"num_mels": 16, "upsample_initial_channel": 64},
+        # Off by default and on in every released checkpoint.
+        "transformer": dict.fromkeys(
+            ("text_token_padding", "ca_rope", "cross_gates", "fix_modulation"), True
+        ),
+    },
 }
 """Configuration entries: pipeline class -> component -> entry."""
