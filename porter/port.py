@@ -217,10 +217,15 @@ def _processors(facts: PipelineFacts) -> Iterator[Rewritten]:
     mixing = [found.mixing for found in facts.transformers.values()]
     sums = {name: texts for found in mixing for name, texts in found.token_sums.items()}
     scales = {name for found in mixing for name in found.scales}
+    selecting = {name for found in mixing for name in found.selecting}
     for name in sorted(names):
         owner = source.load(":".join(name.rsplit(".", 1)))
         processor = Processor(
-            owner.module, owner.class_name, sums.get(name, ()), name in scales
+            owner.module,
+            owner.class_name,
+            sums.get(name, ()),
+            name in scales,
+            name in selecting,
         )
         yield rewrite("attention", owner, attention.RULES, processor, processor.method)
 

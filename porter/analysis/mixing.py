@@ -56,6 +56,7 @@ class MixingFacts:
         token_sums: by processor, the expressions that sum over tokens.
         summing: attention modules with such a processor, by path.
         scales: processors whose softmax scale follows the number of tokens.
+        selecting: processors that take the tokens alone that a mask marks.
         refused: mode to the reason why the blocks do not stand it.
     """
 
@@ -66,6 +67,7 @@ class MixingFacts:
     token_sums: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     summing: tuple[str, ...] = ()
     scales: tuple[str, ...] = ()
+    selecting: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -84,6 +86,7 @@ def mixing_from_json(data: Mapping[str, Any]) -> MixingFacts:
         token_sums={n: tuple(t) for n, t in data.get("token_sums", {}).items()},
         summing=tuple(data.get("summing", ())),
         scales=tuple(data.get("scales", ())),
+        selecting=tuple(data.get("selecting", ())),
         refused=dict(data.get("refused", {})),
     )
 

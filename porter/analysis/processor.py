@@ -23,12 +23,14 @@ class Processor:
         class_name: the processor class.
         token_sums: source of its expressions that sum over tokens.
         scales: whether its softmax scale follows the number of tokens.
+        selects: whether it takes the tokens alone that a mask marks.
     """
 
     module: ParsedModule
     class_name: str
     token_sums: tuple[str, ...] = ()
     scales: bool = False
+    selects: bool = False
 
     @cached_property
     def method(self) -> cst.FunctionDef:

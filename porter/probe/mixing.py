@@ -22,6 +22,7 @@ from porter.probe.cuts import Shard, Unlike, cut_of
 from porter.probe.leaves import tensor_leaves
 from porter.probe.locality import measure_blocks
 from porter.probe.loop_runs import run_swapped
+from porter.probe.present_tokens import selects_tokens
 from porter.probe.rank_run import BlockCall, RankInput, Remedies, Tokens, starred
 
 _RANKS = 2
@@ -103,6 +104,12 @@ class MixingProbe:
             except Refusal as error:
                 refusal = refusal or error
             else:
+                remedies.selecting |= {
+                    type(module.processor)
+                    for block in self._blocks
+                    for module in block.modules()
+                    if selects_tokens(module)
+                }
                 return remedies, {rows.stream: rows.variable} if rows else {}
         assert refusal is not None
         raise refusal
@@ -292,6 +299,9 @@ def mixing_facts(
             token_sums={**found.token_sums, **sums},
             summing=tuple(sorted({*found.summing, *summing})),
             scales=tuple(sorted({*found.scales, *map(_name, remedies.scales)})),
+            selecting=tuple(
+                sorted({*found.selecting, *map(_name, remedies.selecting)})
+            ),
         )
     return replace(found, refused=_refused(found, where))
 
@@ -302,6 +312,7 @@ def _refused(found: MixingFacts, where: str) -> dict[str, str]:
         (found.gathered, "runs on whole streams"),
         (found.row_layers, "is a convolution over the rows of the image"),
         (found.summing, "is linear attention"),
+        (found.selecting, "takes the tokens alone that a mask marks"),
     ):
         for path in sorted(paths):
             return {"pipefusion": f"{where}: {path} {what}"}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from porter.probe.present_tokens import PresentTokens
 from porter.verify.hooks import AttentionCall, replaced_attention
 
 Leaf = tuple[str, str]
@@ -79,6 +80,7 @@ class KeyOrigins:
                 torch.autograd.graph.allow_mutation_on_saved_tensors(),
                 torch.no_grad(),
                 replaced_attention(self._attend),
+                PresentTokens(self._module),
             ):
                 model(self._swap)
         except _BlockDone:
@@ -87,6 +89,10 @@ class KeyOrigins:
             for handle in handles:
                 handle.remove()
         return self
+
+    def _module(self) -> nn.Module | None:
+        """The module that runs."""
+        return self.modules[self._stack[-1]] if self._stack else None
 
     def _swap(self, name: str, value: Any, path: str = "") -> Any:
         torch.set_grad_enabled(True)

@@ -37,6 +37,7 @@ class Remedies:
     token_sums: dict[type, ProcessorSums] = field(default_factory=dict)
     summing: set[str] = field(default_factory=set)
     scales: set[type] = field(default_factory=set)
+    selecting: set[type] = field(default_factory=set)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch import nn
 from porter.analysis.mixing import TokenCut
 from porter.probe.cuts import Shard
 from porter.probe.leaves import tensor_leaves
+from porter.probe.present_tokens import PresentTokens
 from porter.verify.hooks import AttentionCall, replaced_attention
 
 Place = tuple[str, int]
@@ -98,6 +99,7 @@ class BlockRunner:
             self._hooked(),
             torch.no_grad(),
             replaced_attention(self._attention),
+            PresentTokens(self._module),
         ):
             try:
                 output = self._block(*bound.args, **bound.kwargs)
@@ -107,6 +109,11 @@ class BlockRunner:
                 for place, use in reversed(self._stack):
                     self.trace.uses[place] = use
         return self.trace
+
+    def _module(self) -> nn.Module | None:
+        """The module that runs."""
+        path = self._stack[-1][0][0] if self._stack else ""
+        return self._block.get_submodule(path) if path else None
 
     @contextlib.contextmanager
     def _hooked(self) -> Iterator[None]:

@@ -51,6 +51,7 @@ MIXING_FAULTS = {
     "token_sums": "token_sum_dropped",
     "row_layers": "halo_dropped",
     "gathered": "gathered_tokens_dropped",
+    "selecting": "absent_tokens_attend",
 }
 
 

@@ -84,5 +84,6 @@ def _facts(
         return forward.method, forward
     sums = tuple((given or {}).get("token_sums", ()))
     scales = bool((given or {}).get("scales"))
-    processor = Processor(module, name, sums, scales)
+    selects = bool((given or {}).get("selects"))
+    processor = Processor(module, name, sums, scales, selects)
     return processor.method, processor

@@ -34,6 +34,7 @@ from xfuser_runtime.layers.base import (
     rebind_forward,
     xFuserLayerBaseWrapper,
 )
+from xfuser_runtime.layers.present_tokens import check_in_front, kept_rows
 from xfuser_runtime.layers.processors import fit_processor
 from xfuser_runtime.layers.register import xFuserLayerWrappersRegister
 
@@ -60,10 +61,13 @@ class xFuserAttentionBaseWrapper(xFuserLayerBaseWrapper):
         is_causal: bool = False,
         scale: float | None = None,
         enable_gqa: bool = False,
+        *,
+        present: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """As torch's function of this name, over the keys of all ranks: (B, H, S, D).
 
-        Outside of a block region it is torch's function.
+        Outside of a block region it is torch's function. `present` is the mask of what
+        `present_tokens` returned the indices of: tokens of queries and keys, the last ones.
 
         Raises:
             InputError: see `parallel_attention`; dropout is refused.
@@ -81,6 +85,8 @@ class xFuserAttentionBaseWrapper(xFuserLayerBaseWrapper):
                 enable_gqa=enable_gqa,
             )
         _refuse(query, dropout_p, None)
+        if present is not None:
+            attn_mask = kept_rows(present, key.shape[-2])[None, None, None]
         out = call(
             query.transpose(1, 2),
             key.transpose(1, 2),
@@ -90,7 +96,29 @@ class xFuserAttentionBaseWrapper(xFuserLayerBaseWrapper):
             scale=scale,
             enable_gqa=enable_gqa,
         )
-        return out.transpose(1, 2)
+        out = out.transpose(1, 2)
+        if present is not None:
+            assert attn_mask is not None
+            out = out.masked_fill(~attn_mask.transpose(-1, -2), 0)
+        return out
+
+    def present_tokens(self, mask: torch.Tensor) -> torch.Tensor:
+        """Indices of the tokens that `mask` marks; of all of them where tokens are cut.
+
+        The attention call that follows is then given the mask as `present`.
+
+        Raises:
+            InputError: on cut tokens, it marks one behind another that it leaves out.
+        """
+        if self._parallel_call(None) is None:
+            return torch.nonzero(mask, as_tuple=False).flatten()
+        region, site = active_region(), vars(self)[_SITE]
+        assert region is not None
+        # All modules of a region are given the same masks: the first looks at them.
+        region.first_site = region.first_site or site
+        if region.first_site is site:
+            check_in_front(mask, region, region.expand(site.key_segments)[-1])
+        return torch.arange(len(mask), device=mask.device)
 
     def dispatch_attention_fn(
         self,

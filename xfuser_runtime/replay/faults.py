@@ -118,6 +118,18 @@ def _token_sum_dropped(fault: Fault) -> None:
     fault.replace(attention, "all_reduce_sum", broken)
 
 
+def _absent_tokens_attend(fault: Fault) -> None:
+    """Tokens that a mask leaves out take part."""
+
+    def broken(original: Callable[..., Any]) -> Callable[..., Any]:
+        def kept(present: torch.Tensor, rows: int) -> torch.Tensor:
+            return torch.ones_like(original(present, rows))
+
+        return kept
+
+    fault.replace(attention, "kept_rows", broken)
+
+
 def _halo_dropped(fault: Fault) -> None:
     """The rows that a convolution needs of other ranks are zeros."""
 
@@ -346,6 +358,7 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "gathered_tokens_dropped": _gathered_tokens_dropped,
     "token_sum_dropped": _token_sum_dropped,
     "halo_dropped": _halo_dropped,
+    "absent_tokens_attend": _absent_tokens_attend,
     "ulysses_exchange_dropped": _ulysses_exchange_dropped,
     "ring_exchange_dropped": _ring_exchange_dropped,
     "position_rows_shifted": _position_rows_shifted,

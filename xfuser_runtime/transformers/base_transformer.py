@@ -35,7 +35,11 @@ from xfuser_runtime.layers.base import rebind_forward
 from xfuser_runtime.transformers.adapters import takes_own_weights
 from xfuser_runtime.transformers.graphs import CallReplayer
 from xfuser_runtime.transformers.kernels import prepare_kernels
-from xfuser_runtime.transformers.latent_tokens import LatentTokens, loop_shape
+from xfuser_runtime.transformers.latent_tokens import (
+    LatentTokens,
+    loop_shape,
+    segments_of_kinds,
+)
 from xfuser_runtime.transformers.loading import plan_of_part
 from xfuser_runtime.transformers.outputs import (
     Template,
@@ -231,6 +235,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         rows: Mapping[int, int] | None = None,
         row_counts: Mapping[str, int] | None = None,
         other_rows: Mapping[int, Mapping[int, int]] | None = None,
+        kinds: Mapping[str, Sequence[int]] | None = None,
     ) -> BlockRegion:
         """Start the region of block list `loop`.
 
@@ -243,13 +248,17 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
                 extent, the one that the stream runs over last first.
             row_counts: rows of the image, by stream, where every rank must hold whole ones.
             other_rows: `rows` of latents of other numbers of dimensions, by that number.
+            kinds: numbers of tokens of each kind, in order, in a stream whose blocks tell
+                kinds apart by counting: each is cut by itself, as a segment of its own.
         """
         state = get_runtime_state()
         wrapping = self._wrapping
         num_patches = state.num_patches
         parts: dict[str, tuple[str, ...]] = {}
         row = 1
-        if num_patches > 1:
+        if kinds:
+            streams, parts = segments_of_kinds(streams, kinds, num_patches)
+        elif num_patches > 1:
             rows = (other_rows or {}).get(len(wrapping.latent_shape), rows)
             held = LatentTokens.of(
                 latents, rows, wrapping.latent_shape, wrapping.loop_shape

@@ -9,7 +9,7 @@ stream, and patches may cut it: frames of a video, rows of an image.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -152,3 +152,43 @@ def loop_shape(given: torch.Tensor, latents: torch.Tensor | None) -> tuple[int, 
     ):
         return shape
     return (*shape[:dim], latents.shape[dim], *shape[dim + 1 :])
+
+
+def segments_of_kinds(
+    streams: Mapping[str, int],
+    kinds: Mapping[str, Sequence[int]],
+    num_patches: int = 1,
+) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
+    """Streams with a segment for each kind of their tokens: `x.0`, `x.1`.
+
+    Args:
+        streams: number of tokens by stream.
+        kinds: numbers of tokens of each kind, by stream, in their order.
+        num_patches: of this call.
+
+    Returns:
+        Number of tokens by segment, and the segments of these streams in order.
+
+    Raises:
+        ValueError: the kinds are not all of a stream's tokens, or patches would cut them.
+    """
+    if num_patches > 1:
+        raise ValueError(
+            f"patches of {', '.join(kinds)}, whose blocks count their tokens, expected "
+            f"whole passes; {_ELSE}"
+        )
+    cut: dict[str, int] = {}
+    parts: dict[str, tuple[str, ...]] = {}
+    for name, length in streams.items():
+        counts = kinds.get(name)
+        if counts is None:
+            cut[name] = length
+            continue
+        if sum(counts) != length or min(counts) < 0:
+            raise ValueError(
+                f"{length} tokens of {name}, expected {' + '.join(map(str, counts))}; "
+                "the port does not fit this input: run porter verify"
+            )
+        parts[name] = tuple(f"{name}.{index}" for index in range(len(counts)))
+        cut |= dict(zip(parts[name], counts, strict=True))
+    return cut, parts

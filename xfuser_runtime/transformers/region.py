@@ -10,6 +10,7 @@ all code around the loop sees what upstream's code sees.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
@@ -66,6 +67,8 @@ class BlockRegion:
         self._parts = dict(parts or {})
         self._iteration = 0
         self._gathers = 0
+        #: Of the attention modules, the first that met masks over its tokens.
+        self.first_site: object | None = None
 
     def __enter__(self) -> BlockRegion:
         return self
@@ -79,7 +82,12 @@ class BlockRegion:
         return self.patch is None and self.layout.num_shards == 1
 
     def shard(
-        self, value: Any, dim: int, *streams: str, ndim: int | None = None
+        self,
+        value: Any,
+        dim: int,
+        *streams: str,
+        ndim: int | None = None,
+        repeated: bool = False,
     ) -> Any:
         """This rank's rows of `value` along `dim`, which holds `streams` in that order.
 
@@ -91,6 +99,7 @@ class BlockRegion:
             streams: whose tokens these are.
             ndim: for a value that some calls give by token and others once for all: the
                 dimensions of one by token.  Another, or one of extent 1, stays whole.
+            repeated: `dim` holds these tokens several times, once for each sample.
 
         Raises:
             ValueError: when `dim` does not hold exactly the tokens of the streams.
@@ -100,13 +109,15 @@ class BlockRegion:
         if isinstance(value, torch.Tensor):
             if ndim is not None and (value.ndim != ndim or value.shape[dim] == 1):
                 return value
+            if repeated:
+                folded = value.unflatten(dim, (-1, self.length(streams)))
+                return self._cut(folded, dim + 1, streams).flatten(dim, dim + 1)
             return self._cut(value, dim, streams)
+        inner = functools.partial(self.shard, ndim=ndim, repeated=repeated)
         if isinstance(value, dict):
-            return {
-                k: self.shard(v, dim, *streams, ndim=ndim) for k, v in value.items()
-            }
+            return {k: inner(v, dim, *streams) for k, v in value.items()}
         if isinstance(value, (tuple, list)):
-            return type(value)(self.shard(v, dim, *streams, ndim=ndim) for v in value)
+            return type(value)(inner(v, dim, *streams) for v in value)
         return value
 
     def shard_items(

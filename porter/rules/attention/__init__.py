@@ -6,6 +6,7 @@ from typing import Any
 
 from porter.rules.attention.absolute_imports import AbsoluteImports
 from porter.rules.attention.attention_call import AttentionCall
+from porter.rules.attention.present_tokens import PresentTokens
 from porter.rules.attention.softmax_scale import SoftmaxScale
 from porter.rules.attention.token_sums import TokenSums
 from porter.rules.base import Rule
@@ -13,6 +14,7 @@ from porter.rules.base import Rule
 RULES: tuple[type[Rule[Any]], ...] = (
     AbsoluteImports,
     SoftmaxScale,
+    PresentTokens,
     AttentionCall,
     TokenSums,
 )

@@ -7,6 +7,7 @@ import torch
 
 from xfuser_runtime.distributed.layout import Segment, TokenLayout
 from xfuser_runtime.transformers import region
+from xfuser_runtime.transformers.latent_tokens import segments_of_kinds
 from xfuser_runtime.transformers.region import BlockRegion
 
 
@@ -140,3 +141,32 @@ def test_each_gathered_value_keeps_the_rows_of_its_own_patches(
             for value in (1, 2)
         ]
     assert [whole.flatten().tolist() for whole in found] == [[1.0] * 4, [2.0] * 4]
+
+
+def test_tokens_that_each_sample_repeats_are_cut_in_each() -> None:
+    value = torch.arange(10.0).view(10, 1)
+    found = _region(5).shard({"mod": value}, 0, "x", repeated=True)
+    assert found["mod"].flatten().tolist() == [3, 4, 8, 9]
+
+
+def test_each_kind_of_tokens_is_cut_by_itself() -> None:
+    streams, parts = segments_of_kinds({"x": 8, "text": 3}, {"x": (3, 5)})
+    assert streams == {"x.0": 3, "x.1": 5, "text": 3}
+    segments = tuple(Segment(name, length) for name, length in streams.items())
+    made = BlockRegion(
+        layout=TokenLayout(segments, 1, 2),
+        patch=None,
+        shard=1,
+        call_index=0,
+        links=None,
+        buffers={},
+        parts=parts,
+    )
+    value = torch.arange(8.0).view(1, 8)
+    assert made.shard(value, 1, "x").flatten().tolist() == [2, 6, 7]
+    assert made.shard(value[:, 3:], 1, "x.1").flatten().tolist() == [6, 7]
+    assert (made.rows("x.0"), made.rows("x.1"), made.rows("x")) == (1, 2, 3)
+    with pytest.raises(ValueError, match=r"8 tokens of x, expected 3 \+ 4"):
+        segments_of_kinds({"x": 8}, {"x": (3, 4)})
+    with pytest.raises(ValueError, match="expected whole passes"):
+        segments_of_kinds({"x": 8}, {"x": (3, 5)}, 2)
