@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from porter.analysis.facts import ITEMS, Axes
+from porter.analysis.facts import ITEMS
 from porter.probe.capture import (
     TransformerCall,
     first_step_calls,
 )
-from porter.probe.halves import halves_agree
+from porter.probe.halves import Axes, halves_agree
 from porter.probe.leaves import leaf_shapes
 from porter.source import is_transformer
 
@@ -53,7 +53,8 @@ def measure_guidance(
     Returns:
         Its style is "batched"; "carried" where the scheduler steps both branches;
         "padded" where each branch alone gives another result, since tensors are as long as
-        the longest item of a list of both branches; "sequential"; "single" where a guided
+        the longest item of a list of both branches; "coupled" where it does so for another
+        reason, as a row that is read for all; "sequential"; "single" where a guided
         step calls the transformer as any other does; "none" where nothing is doubled or
         stock does not run with one prompt.
     """
@@ -86,17 +87,20 @@ def measure_guidance(
         return Guidance("single" if alike else "none")
     if any(on[b][-1].stepped_rows == 2 * b for b in on):
         return Guidance("carried", axes)
-    if ITEMS in axes.values() and not _halves_agree(pipeline, kwargs_of, axes, on):
-        return Guidance("padded", axes, {n: a for n, a in helper_axes.items() if a})
+    if ITEMS in axes.values():
+        longer = {b: _calls(pipeline, kwargs_of, b, True, text=1) for b in on}
+        if not _halves_agree(pipeline, axes, on, longer):
+            return Guidance("padded", axes, {n: a for n, a in helper_axes.items() if a})
+    elif not _halves_agree(pipeline, axes, {max(on): on[max(on)]}):
+        return Guidance("coupled", axes)
     return Guidance("batched", axes)
 
 
-def _halves_agree(pipeline: Any, kwargs_of: KwargsOf, axes: Axes, on: _Calls) -> bool:
-    """Whether each branch can be computed alone, with short prompts and with long ones."""
-    longer = {batch: _calls(pipeline, kwargs_of, batch, True, text=1) for batch in on}
+def _halves_agree(pipeline: Any, axes: Axes, *every: _Calls) -> bool:
+    """Whether each branch of all these calls can be computed alone."""
     return all(
         halves_agree(pipeline.components[call.component], call.arguments, axes, batch)
-        for found in (on, longer)
+        for found in every
         for batch, calls in found.items()
         for call in _of_transformers(calls)
     )

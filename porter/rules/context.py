@@ -66,6 +66,7 @@ class PipelineContext:
                 "single": "no second branch: a step calls the transformer alike with guidance"
                 " and without it",
                 "padded": "tensors beside a list are padded to the longest of both branches",
+                "coupled": "a branch of the doubled batch gives another result alone",
                 "carried": "the latents carry both branches, in a form that the source"
                 " does not show",
                 "batched": "a doubled batch was measured, not what the source shows",

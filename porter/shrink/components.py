@@ -150,7 +150,7 @@ class Components:
             config = sizes.vae_config(cls, channels.latents)
         else:
             config = sizes.backbone_config(cls, self.blocks)
-            if name == "transformer":
+            if self.hints[name] is self.hints.get("transformer"):
                 config |= channels.backbone
         known = sizes.defaults(cls).keys()
         entries = {**config, **changes}
@@ -161,13 +161,17 @@ class Components:
 
     def _channels(self) -> Channels:
         """Channels on which the backbone and the VAE agree."""
-        backbone, vae = self.hints.get("transformer"), self.hints.get("vae")
+        backbone, vae = self._class_of("transformer"), self._class_of("vae")
         return agreed_channels(
             self.pipeline_class,
             sizes.defaults(backbone) if backbone else {},
             self.changes.get("transformer", {}),
             sizes.defaults(vae) if vae else {},
         )
+
+    def _class_of(self, name: str) -> Any:
+        """What a component is made of: its hint, where the table names no other class."""
+        return _resolved(self.changes.get(name, {}).get("class", self.hints.get(name)))
 
     def _encoder(self, name: str, hint: type, changes: dict[str, Any]) -> Any:
         cls = text.concrete_class(hint)

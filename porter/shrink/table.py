@@ -167,11 +167,14 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
     # A key of released configurations that the class itself does not know.
     "ChromaInpaintPipeline": {"transformer": {"guidance_embeds": False}},
     # As for a fill; few pixels in each picture of the grid.
-    "VisualClozeGenerationPipeline": {
-        "transformer": {"in_channels": 384, "out_channels": 64},
-        "vae": {"latent_channels": 16},
-        "pipeline": {"resolution": 128},
-    },
+    **dict.fromkeys(
+        ("VisualClozePipeline", "VisualClozeGenerationPipeline"),
+        {
+            "transformer": {"in_channels": 384, "out_channels": 64},
+            "vae": {"latent_channels": 16},
+            "pipeline": {"resolution": 128},
+        },
+    ),
     # Levels at whose ends channels are gathered: widths that the latents' divide.  The
     # backbone gets two frames at once, and as much of the picture; as it was released.
     "HunyuanImageRefinerPipeline": {
@@ -244,6 +247,9 @@ TOKEN_ROWS = {
     "QwenImageLayeredPipeline": ((5, 5), (8, 8), (7, 9)),
     # Multiples of a token after the body's scaling to 1024 x 1024 pixels.
     "HiDreamImagePipeline": ((16, 16), (14, 18), (8, 32)),
+    # The body's own negative prompt has 362 tokens: pictures of more, so that a cut in two
+    # goes through the picture.
+    "OmniGenPipeline": ((20, 20), (19, 23), (18, 26)),
     # Of about 1024 x 1024 pixels, rounded up by the body to multiples of 16.
     "LongCatImageEditPipeline": ((16, 16), (13, 20), (20, 13)),
 }
@@ -263,6 +269,9 @@ EDITED = {"JoyImageEditPlusPipeline": "images"}
 
 
 CALLS_OF: dict[str, dict[str, Any]] = {
+    # Pictures of bytes stand between its two loops: one bit more or less is no rounding.
+    # Without the second loop it returns what the first one made.
+    "VisualClozePipeline": {"upsampling_strength": 0.0, "output_type": "latent"},
     # Returns no latents; three frames of layers instead of five.
     "QwenImageLayeredPipeline": {"output_type": "pt", "layers": 2},
     # Its own words stand in the same length as the prompt, and the picture after both.
@@ -273,7 +282,7 @@ CALLS_OF: dict[str, dict[str, Any]] = {
 PROMPT_FORMS = {"BriaFiboEditPipeline": '{"edit_instruction": %s}'}
 """What a prompt is put into, as a string of JSON, where a body reads no plain text."""
 
-GRIDS = frozenset({"VisualClozeGenerationPipeline"})
+GRIDS = frozenset({"VisualClozePipeline", "VisualClozeGenerationPipeline"})
 """Bodies whose picture is a grid: a row of an example, and a row with one to be made."""
 
 

@@ -30,6 +30,8 @@ class Pipeline:
                 longest = max(len(sample) for sample in x)
                 if control is not None and control[0].shape[1] != longest:
                     raise ValueError("tokens of another length")
+                if style == "a row for all":
+                    return (list(x + x[:1]),)
                 return (list(x),)
 
         class Control(ModelMixin):  # type: ignore[misc]
@@ -48,6 +50,8 @@ class Pipeline:
         twice = 2 if guided or self.style == "always" else 1
         x: Any = torch.zeros(batch * twice, 3)
         control = None
+        if self.style == "a row for all":
+            x = torch.arange(3.0 * len(x)).view(len(x), 3)
         if "lists" in self.style:
             # Of long prompts alone the branches differ in length.
             x = [torch.zeros(3 + 4 * text * (n < batch)) for n in range(batch * twice)]
@@ -85,6 +89,7 @@ class Pipeline:
         ("tokens", Guidance("batched", {"x": 0, "scale.of": 1, "control.0": 0})),
         ("always", Guidance("batched", {"x": 0, "scale.of": 1})),
         ("both in the latents", Guidance("carried", {"x": 0, "scale.of": 1})),
+        ("a row for all", Guidance("coupled", {"x": 0, "scale.of": 1})),
         ("further calls", Guidance("batched", {"x": 0, "scale.of": 1})),
         ("two calls", Guidance("sequential")),
         ("two calls always", Guidance("sequential")),

@@ -236,3 +236,14 @@ class _Untyped(diffusers.DiffusionPipeline):
 def test_a_missing_hint_is_refused() -> None:
     with pytest.raises(ShrinkError, match="no type hint for 'transformer'"):
         component_hints(_Untyped)
+
+
+def test_a_second_transformer_has_the_channels_of_the_first() -> None:
+    pipeline = make_pipeline(diffusers.Ideogram4Pipeline)
+    first, second = pipeline.transformer, pipeline.unconditional_transformer
+    assert first.config.in_channels == second.config.in_channels
+
+
+def test_channels_agree_with_the_vae_that_is_built_not_with_its_hint() -> None:
+    pipeline = make_pipeline(diffusers.SanaImageToVideoPipeline)
+    assert pipeline.transformer.config.in_channels == pipeline.vae.config.z_dim
