@@ -17,6 +17,9 @@ from porter.analysis.mixing import MixingFacts, mixing_from_json
 ITEMS = "items"
 """Stands for an axis where guidance doubles the items of a list instead of a dimension."""
 
+#: The axis that guidance doubles of each argument, or ITEMS, by path.
+Axes = dict[str, int | str]
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenAxis:

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from porter.analysis.facts import ITEMS
+from porter.analysis.facts import ITEMS, Axes
 from porter.probe.capture import (
     TransformerCall,
     first_step_calls,
 )
-from porter.probe.halves import Axes, halves_agree
+from porter.probe.halves import halves_agree
 from porter.probe.leaves import leaf_shapes
 from porter.source import is_transformer
 

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 
-from porter.analysis.facts import ITEMS
+from porter.analysis.facts import Axes
 from porter.probe.capture import copied
+from porter.verify.branches import cut
 
-#: The axis that guidance doubles of each argument, or ITEMS, by path.
-Axes = dict[str, int | str]
 #: A half computed beside the other differs by rounding; a lost token is far beyond.
 TOLERANCE = 1e-3
 
@@ -33,7 +32,7 @@ def halves_agree(
     for half in range(2):
         mine = slice(half * batch, (half + 1) * batch)
         try:
-            alone = _rows(_run(model, _cut(copied(arguments), axes, mine)))
+            alone = _rows(_run(model, cut(copied(arguments), axes, mine)))
         except (RuntimeError, ValueError, IndexError):
             return False
         if len(alone) != batch or any(
@@ -53,28 +52,3 @@ def _run(model: Any, arguments: Mapping[str, Any]) -> Any:
 def _rows(output: Any) -> list[torch.Tensor]:
     """The samples of a transformer's output: a tensor, or a list with one a sample."""
     return list(output[0])
-
-
-def _cut(value: Any, axes: Axes, rows: slice, path: str = "") -> Any:
-    """Nested arguments with their doubled axes cut to `rows`."""
-    axis = axes.get(path)
-    if axis == ITEMS:
-        return value[rows]
-    if isinstance(value, torch.Tensor):
-        if not isinstance(axis, int):
-            return value
-        return value.narrow(axis, rows.start, rows.stop - rows.start)
-    keys: Any = range(len(value)) if isinstance(value, (list, tuple)) else value
-    if not isinstance(value, (list, tuple, Mapping)):
-        return value
-    inner = {
-        key: _cut(
-            value[key],
-            # A list whose items are alike has one axis for all.
-            axes if axis is None else {f"{path}.{key}": axis},
-            rows,
-            f"{path}.{key}" if path else str(key),
-        )
-        for key in keys
-    }
-    return inner if isinstance(value, Mapping) else type(value)(inner.values())

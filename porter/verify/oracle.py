@@ -47,6 +47,7 @@ from typing import Any
 
 import torch
 
+from porter.verify.branches import branches_apart
 from porter.verify.floor import output_tensors, seeded
 from porter.verify.geometry import OracleRefusal
 from porter.verify.hooks import install_step, replaced_global, replaced_step
@@ -65,21 +66,29 @@ class DisplacedPatches:
         warmup_steps: steps that run whole before.
         regions: names of the block lists that the port cuts into patches; attention
             outside them runs whole.  None: all attention that sees the latents.
+        branches: the doubled axes of a guided call, by path, where CFG ranks compute its
+            branches apart and that shows; see `porter.verify.branches`.
     """
 
     num_patches: int
     warmup_steps: int
     regions: tuple[str, ...] | None = None
+    branches: tuple[tuple[str, int | str], ...] = ()
 
     def run(
-        self, pipeline: Any, call: Callable[[], Mapping[str, Any]]
+        self, pipeline: Any, call: Callable[[], Mapping[str, Any]], batch: int = 1
     ) -> tuple[torch.Tensor, ...]:
         """The latents that PipeFusion should return for this call, one tensor an output.
+
+        Args:
+            pipeline: the stock pipeline.
+            call: makes fresh keyword arguments.
+            batch: number of pictures that the call makes.
 
         Raises:
             OracleRefusal: the pipeline's loop has a shape that the oracle cannot follow.
         """
-        with seeded():
+        with seeded(), branches_apart(pipeline, dict(self.branches), batch):
             return _Simulation(self, pipeline, dict(call())).run()
 
 

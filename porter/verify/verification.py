@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from porter import source
+from porter.analysis.facts import Axes
 from porter.errors import PorterError
 from porter.lock import read_lock
 from porter.port import read_pipeline
 from porter.shrink import make_checkpoint
 from porter.shrink.sizes import BLOCKS
 from porter.shrink.torchvision_names import provide
+from porter.verify.branches import computed_apart
 from porter.verify.cases import STEPS, Case, cases_for, fresh, packed
 from porter.verify.floor import (
     Reference,
@@ -89,6 +91,7 @@ def verify_pipeline(
             say,
             wanted=cases_for(pipeline) if cases is None else tuple(cases),
             has=_mechanisms(name, generated),
+            branches=_branches(name, generated),
         )
         verdicts = _verdicts(
             subject,
@@ -113,6 +116,12 @@ def _mechanisms(name: str, generated: Path) -> Mechanisms:
     )
 
 
+def _branches(name: str, generated: Path) -> Axes:
+    """The doubled axes of guided calls whose branches show whether they run apart."""
+    facts = read_lock(generated).ports.get(name, {}).get("facts", {})
+    return computed_apart(facts.get("cfg_style", ""), facts.get("cfg_axes", {}))
+
+
 @dataclass
 class _Subject:
     """The stock pipeline, its cases, and what it answers to them."""
@@ -125,6 +134,7 @@ class _Subject:
     has: Mechanisms = field(default_factory=Mechanisms)
     displaced: dict[Any, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     sabotaged: Case = SABOTAGED
+    branches: Axes = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for case in self.wanted:
@@ -188,7 +198,8 @@ class _Subject:
         """What PipeFusion should return for `case`; products of modes share it."""
         key = (plan, case)
         if key not in self.displaced:
-            self.displaced[key] = plan.run(self.pipeline, fresh(self.pipeline, case))
+            call = fresh(self.pipeline, case)
+            self.displaced[key] = plan.run(self.pipeline, call, case.batch)
         return self.displaced[key]
 
     def callback_steps(self, case: Case) -> list[int] | None:
@@ -280,7 +291,8 @@ def _answers(
     stock = {case: subject.references[case].outputs for case in subject.cases(mode)}
     if not mode.is_displaced:
         return _Answers("stock", stock)
-    plan = DisplacedPatches(mode.patches, mode.warmup_steps(STEPS), regions)
+    branches = tuple(sorted(subject.branches.items())) if mode.cfg > 1 else ()
+    plan = DisplacedPatches(mode.patches, mode.warmup_steps(STEPS), regions, branches)
     try:
         displaced = {case: subject.displaced_outputs(plan, case) for case in stock}
     except OracleRefusal as refusal:

@@ -29,6 +29,8 @@ from xfuser_runtime.transformers.outputs import template_of
 class Transformer:
     """Counts its calls; a list of samples gives a list, one tensor gives one tensor."""
 
+    batch_processors = ()
+
     def __init__(self, foreign: object = None) -> None:
         self.samples = 0
         self.foreign = foreign
@@ -51,7 +53,7 @@ def _session() -> None:
     initialize_runtime_state(EngineConfig(parallel_config=config))
     initialize_model_parallel(config)
     cfg.wrapped_transformer = lambda transformer: transformer  # type: ignore[assignment]
-    cfg.foreign_processor = lambda transformer: transformer.foreign
+    cfg.whole_batch_processor = lambda transformer, names: transformer.foreign
 
 
 def _lists(rank: int, as_object: bool, broken: bool) -> tuple[list[torch.Tensor], int]:

@@ -15,7 +15,7 @@ from xfuser_runtime.layers.gathered import (
     TokenCut,
     wrap_gathered,
 )
-from xfuser_runtime.layers.processors import foreign_processor
+from xfuser_runtime.layers.processors import whole_batch_processor
 from xfuser_runtime.layers.register import (
     xFuserAttentionProcessorRegister,
     xFuserLayerWrappersRegister,
@@ -26,9 +26,9 @@ __all__ = [
     "GatheredModule",
     "RowBands",
     "TokenCut",
-    "foreign_processor",
     "reset_kv_caches",
     "row_bands",
+    "whole_batch_processor",
     "wrap_attention",
     "wrap_gathered",
     "wrap_layer",

@@ -1,13 +1,15 @@
-"""Attention processors that porter has not measured, where no tokens are split.
+"""Attention processors that look at the whole batch, or may do so.
 
-Such a processor computes attention by itself.  On whole tokens that is upstream's result; on
-part of them it would be wrong.  Some mix the samples of a batch (perturbed attention has a
-third of it) or remember one call for the next, so guidance is not split with them either.
+A processor that is not ported computes attention by itself.  On whole tokens that is upstream's
+result; on part of them it would be wrong.  Some mix the samples of a batch (perturbed attention
+has a third of it) or remember one call for the next, so guidance is not split with them, nor
+with ported ones that a pipeline sets for such a batch.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
@@ -16,6 +18,7 @@ from xfuser_runtime.distributed.parallel_state import (
     get_pipeline_parallel_world_size,
     get_sequence_parallel_world_size,
 )
+from xfuser_runtime.errors import InputError
 from xfuser_runtime.layers.base import xFuserLayerBaseWrapper
 from xfuser_runtime.layers.register import xFuserAttentionProcessorRegister
 
@@ -45,8 +48,13 @@ def fit_processor(processor: Any) -> Any:
     )
 
 
-def foreign_processor(model: nn.Module) -> Any:
-    """A processor of a wrapped attention module of `model` that is not ported, or None."""
+def whole_batch_processor(model: nn.Module, of_batch: Collection[str] = ()) -> Any:
+    """A processor of a wrapped attention module that may look at the whole batch, or None.
+
+    Args:
+        model: the wrapped transformer.
+        of_batch: qualified names of the ported classes that do; one that is not ported may.
+    """
     if model not in _holders:
         _holders[model] = [
             module
@@ -57,6 +65,32 @@ def foreign_processor(model: nn.Module) -> Any:
     for module in _holders[model]:
         processor = module.processor
         ported = xFuserAttentionProcessorRegister.is_ported(processor)
-        if processor is not None and not ported:
+        if processor is not None and not (ported and _is_none_of(processor, of_batch)):
             return processor
     return None
+
+
+def refuse_stages(model: nn.Module, of_batch: Collection[str]) -> None:
+    """Refuse ported processors of the whole batch where blocks are split into stages.
+
+    Porter has not measured that.
+
+    Raises:
+        InputError: one is set in a model of several stages.
+    """
+    if not of_batch or get_pipeline_parallel_world_size() == 1:
+        return
+    found = whole_batch_processor(model, of_batch)
+    if found is not None:
+        raise InputError(
+            f"{xFuserAttentionProcessorRegister.kind} {type(found).__name__} in a model of "
+            "several stages, expected those of other calls; leave out the argument that "
+            "sets it"
+        )
+
+
+def _is_none_of(processor: Any, names: Collection[str]) -> bool:
+    return not names or not any(
+        f"{base.__module__}.{base.__qualname__}" in names
+        for base in type(processor).__mro__
+    )

@@ -19,7 +19,7 @@ import torch
 from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.collectives import all_gather
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
-from xfuser_runtime.layers import foreign_processor, xFuserAttentionProcessorRegister
+from xfuser_runtime.layers import whole_batch_processor
 from xfuser_runtime.pipelines.components import wrapped_transformer
 from xfuser_runtime.transformers.outputs import map_tensors, tensors_in
 
@@ -145,22 +145,25 @@ def _halved(
 def runs_whole(transformer: Any, *, split_before: bool = False) -> bool:
     """Whether every rank must make both calls, or the call on both branches.
 
-    An attention processor that is not ported may look at more than one of them.
+    Attention processors of some calls look at more than one of them.
 
     Raises:
         ValueError: there is one, and the batch was halved before the call.
     """
-    found = foreign_processor(wrapped_transformer(transformer))
+    wrapped = wrapped_transformer(transformer)
+    found = whole_batch_processor(wrapped, wrapped.batch_processors)
     if found is None:
         return False
-    name = f"{xFuserAttentionProcessorRegister.kind} {type(found).__name__}"
+    name = f"Attention Processor class {type(found).__name__}"
     if split_before:
         raise ValueError(
             f"{name} is not supported by xFuser with a batch that each rank has half of;"
             " run without use_cfg_parallel"
         )
     warnings.warn(
-        f"{name} is not ported: each CFG rank computes both branches", stacklevel=2
+        f"{name} looks at the whole batch, or may do so: each CFG rank computes both "
+        "branches",
+        stacklevel=2,
     )
     return True
 

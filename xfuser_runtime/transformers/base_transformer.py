@@ -32,6 +32,7 @@ from xfuser_runtime.layers import (
     wrap_row_layer,
 )
 from xfuser_runtime.layers.base import rebind_forward
+from xfuser_runtime.layers.processors import refuse_stages
 from xfuser_runtime.transformers.adapters import takes_own_weights
 from xfuser_runtime.transformers.graphs import CallReplayer
 from xfuser_runtime.transformers.kernels import prepare_kernels
@@ -81,6 +82,8 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             stream that holds the image.
         gathered_modules: modules inside the blocks that mix tokens, by path.
         block_classes: by block list, the names of the classes that were measured.
+        batch_processors: qualified names of ported processors that a pipeline sets for a
+            batch that they look at as a whole.
         block_parts: by a block's path, what code outside of the loops reads of it; every
             stage keeps it.
     """
@@ -95,6 +98,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
     row_layers: ClassVar[Mapping[str, str]] = {}
     gathered_modules: ClassVar[Mapping[str, GatheredModule]] = {}
     block_classes: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    batch_processors: ClassVar[tuple[str, ...]] = ()
     block_parts: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     _state_name: ClassVar[str] = "_xfuser_wrapping"
@@ -185,6 +189,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         ):
             forward = upstream_class(type(self)).forward
         else:
+            refuse_stages(self, self.batch_processors)
             self._note_latents(first_tensor((args, kwargs)))
             if not parallel_state.is_pipeline_last_stage():
                 wrapping.template = self._template(forward, args, kwargs)

@@ -39,11 +39,12 @@ from xfuser_runtime.distributed.parallel_state import (
 from xfuser_runtime.distributed.runtime_state import (
     destroy_runtime_state,
 )
+from xfuser_runtime.errors import InputError
 from xfuser_runtime.layers import attention as attention_layer
 from xfuser_runtime.layers import (
     attention_site,
-    foreign_processor,
     processors,
+    whole_batch_processor,
     wrap_attention,
 )
 
@@ -231,15 +232,28 @@ class TestProcessors:
                 setter(module)
             assert module.processor is held
 
+    def test_one_for_the_whole_batch_is_refused_in_stages(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        model = nn.Sequential(wrap_attention(attention(), ("image",), ("image",)))
+        name = f"{HeadsFirstProcessor.__module__}.HeadsFirstProcessor"
+        processors.refuse_stages(model, (name,))
+        monkeypatch.setattr(processors, "get_pipeline_parallel_world_size", lambda: 2)
+        processors.refuse_stages(model, ())
+        with pytest.raises(InputError, match="in a model of several stages"):
+            processors.refuse_stages(model, (name,))
+
     def test_one_that_is_not_ported_runs_where_nothing_is_split(self) -> None:
         given = OtherProcessor()
         module = attention()
         module.set_processor(given)
         wrap_attention(module, ("image",), ("image",))
         model = nn.Sequential(module)
-        assert module.processor is given and foreign_processor(model) is given
+        assert module.processor is given and whole_batch_processor(model) is given
         module.set_processor(HeadsFirstProcessor())
-        assert foreign_processor(model) is None
+        assert whole_batch_processor(model) is None
+        name = f"{HeadsFirstProcessor.__module__}.HeadsFirstProcessor"
+        assert whole_batch_processor(model, (name,)) is module.processor
 
     def test_a_module_without_processor_is_refused(self) -> None:
         with pytest.raises(
