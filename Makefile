@@ -8,12 +8,13 @@ DIFFUSERS_VERSIONS := 0.36.0 0.39.0 0.42.1
 export OMP_NUM_THREADS := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: help install demo test scope lint format test-versions clean
+.PHONY: help install demo test scope coverage lint format test-versions clean
 
 help:
 	@echo "make demo           one port from command to picture, on two processes of this machine"
 	@echo "make test           the whole suite"
 	@echo "make scope          every text-to-image pipeline in one mode"
+	@echo "make coverage       port and prove every pipeline; write docs/coverage.md"
 	@echo "make lint           ruff, black, mypy, porter check"
 	@echo "make format         let ruff and black rewrite what they can"
 	@echo "make test-versions  prove both PixArt ports on diffusers $(DIFFUSERS_VERSIONS)"
@@ -58,6 +59,12 @@ test: install
 scope: install
 	@echo "==> Every text-to-image pipeline: a port that passes one mode, or a refusal"
 	@PORTER_SCOPE=1 $(BIN)/pytest tests/scope/test_text_to_image.py
+
+# Starts where an earlier run stopped: what is proven stays so while its sources do.
+coverage: install
+	-$(BIN)/porter add-model --all
+	-$(BIN)/porter verify --tier core --missing --processes 2
+	$(BIN)/porter coverage --markdown docs/coverage.md --json docs/coverage.json > /dev/null
 
 lint: install
 	@status=0; \

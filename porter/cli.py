@@ -155,6 +155,8 @@ def verify(
         str,
         typer.Option(help="without --modes: full, core (a mode of each kind), fast"),
     ] = "full",
+    missing: Annotated[bool, typer.Option(help="only modes without a proof")] = False,
+    processes: Annotated[int, typer.Option(min=1, help="ports at a time")] = 1,
     as_json: AsJson = False,
     traceback: Traceback = False,
 ) -> int:
@@ -166,12 +168,17 @@ def verify(
         raise PorterError(
             f"--tier {tier}", expected=", ".join(verification.Tier), todo="name one"
         )
+    selection = verification.Selection(
+        None if chosen is None else verification.parse_modes(chosen),
+        verification.Tier(tier),
+        missing,
+    )
     return int(
         verification.run(  # type: ignore[attr-defined,unused-ignore]
             _split(names),
-            chosen,
+            selection,
             generated=output,
-            tier=verification.Tier(tier),
+            processes=processes,
             as_json=as_json,
         )
     )

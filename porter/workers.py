@@ -1,4 +1,4 @@
-"""Many ports at once, each in a process that may fail without stopping the others."""
+"""Many classes at once, each in a process that may fail without stopping the others."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pickle
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from typing import Any, Generic, TypeVar
 
 from porter.errors import InternalError, PorterError
 from porter.port import Port, lock_entry, make_port, render_ports
@@ -19,42 +20,56 @@ PROCESSES = 2
 #: Seconds for one port; a model that never returns must not hold up the rest.
 TIMEOUT = 600.0
 
+Result = TypeVar("Result")
+
 
 @dataclass(frozen=True)
-class Outcome:
+class Outcome(Generic[Result]):
     """What became of one class.
 
     Attributes:
         name: as it was asked for.
-        result: the port, why it is refused, or how porter itself failed.
-        seconds: wall-clock time of the port.
+        result: what was made of it, why it is refused, or how porter itself failed.
+        seconds: wall-clock time.
     """
 
     name: str
-    result: Port | PorterError
+    result: Result | PorterError
     seconds: float
 
 
 def port_all(
     names: Sequence[str], *, processes: int = PROCESSES, timeout: float = TIMEOUT
-) -> Iterator[Outcome]:
-    """Ports classes and renders each, in the order in which they get ready.
+) -> Iterator[Outcome[Port]]:
+    """Ports classes and renders each: see `in_processes`."""
+    return in_processes(_port, names, processes=processes, timeout=timeout)
 
-    An exception that is no `PorterError`, a process that dies and a port that takes
+
+def in_processes(
+    task: Callable[[str], Result],
+    names: Sequence[str],
+    *,
+    processes: int,
+    timeout: float,
+) -> Iterator[Outcome[Result]]:
+    """Does a task for each class; the outcomes come in the order in which they get ready.
+
+    An exception that is no `PorterError`, a process that dies and a class that takes
     longer than `timeout` seconds each become an `InternalError` of that class alone.
 
     Args:
+        task: makes something that pickles of a name; runs in a forked process.
         names: the classes.
         processes: how many work at a time.
-        timeout: seconds for one port.
+        timeout: seconds for one class.
     """
     waiting = deque(names)
-    idle: list[_Worker] = []
-    busy: dict[Connection, _Worker] = {}
+    idle: list[_Worker[Result]] = []
+    busy: dict[Connection, _Worker[Result]] = {}
     try:
         while waiting or busy:
             while waiting and len(busy) < processes:
-                worker = idle.pop() if idle else _Worker()
+                worker = idle.pop() if idle else _Worker(task)
                 worker.begin(waiting.popleft(), timeout)
                 busy[worker.connection] = worker
             first = min(worker.deadline for worker in busy.values())
@@ -70,15 +85,15 @@ def port_all(
             worker.stop()
 
 
-class _Worker:
-    """A process that ports one class at a time."""
+class _Worker(Generic[Result]):
+    """A process that does a task for one class at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, task: Callable[[str], Result]) -> None:
         # A fork keeps sys.path, and the modules that are imported already.
         context = multiprocessing.get_context("fork")
         self.connection, other = context.Pipe()
         self._process = context.Process(
-            target=_serve, args=(other, self.connection), daemon=True
+            target=_serve, args=(task, other, self.connection), daemon=True
         )
         self._process.start()
         other.close()
@@ -93,9 +108,9 @@ class _Worker:
         self.deadline = self._started + timeout
         self.connection.send(name)
 
-    def outcome(self, *, timed_out: bool) -> Outcome:
+    def outcome(self, *, timed_out: bool) -> Outcome[Result]:
         """The answer, or what happened instead of one; the process has ended then."""
-        result: Port | PorterError
+        result: Result | PorterError
         seconds = time.monotonic() - self._started
         if timed_out:
             self.stop()
@@ -120,8 +135,10 @@ class _Worker:
         self._process.join()
 
 
-def _serve(connection: Connection, other: Connection) -> None:
-    """Ports what comes through the connection until it closes."""
+def _serve(
+    task: Callable[[str], Any], connection: Connection, other: Connection
+) -> None:
+    """Answers what comes through the connection until it closes."""
     # The fork copied the parent's end as well: the pipe closes with the parent only then.
     other.close()
     # Processes share the cores; and stdout is for results, not for what models print.
@@ -132,17 +149,21 @@ def _serve(connection: Connection, other: Connection) -> None:
             name = connection.recv()
         except (EOFError, OSError):
             return
-        connection.send_bytes(_answer(name))
+        connection.send_bytes(_answer(task, name))
 
 
-def _answer(name: str) -> bytes:
+def _answer(task: Callable[[str], Any], name: str) -> bytes:
     try:
-        port = make_port(name)
-        # All that the one process that writes will do, so that it cannot fail there.
-        lock_entry(port, render_ports([port]))
-        return pickle.dumps(port)
+        return pickle.dumps(task(name))
     except PorterError as error:
         return pickle.dumps(error)
     except Exception as error:
         found = (f"{type(error).__name__}: {error}".splitlines() or [""])[0]
         return pickle.dumps(InternalError(found, traceback.format_exc()))
+
+
+def _port(name: str) -> Port:
+    port = make_port(name)
+    # All that the one process that writes will do, so that it cannot fail there.
+    lock_entry(port, render_ports([port]))
+    return port

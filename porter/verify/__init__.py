@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Mapping, Sequence
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from porter.errors import PorterError
 from porter.lock import LOCK_NAME, proof_key, read_lock
 from porter.report import Report
-from porter.verify.modes import CORE, Mode, all_modes, parse_modes
+from porter.verify.modes import Mode, all_modes, parse_modes
 from porter.verify.proofs import with_verification
+from porter.verify.selection import Selection, Tier
 from porter.verify.verdict import Verification
 from porter.verify.verification import SABOTAGED, verify_pipeline
+from porter.workers import Outcome, in_processes
 from porter.write import write_all
 
 __all__ = [
     "Mode",
+    "Selection",
     "Tier",
     "Verification",
     "all_modes",
@@ -24,26 +29,24 @@ __all__ = [
     "run",
     "verify_pipeline",
 ]
+#: Seconds for one port where several are verified at a time.
+TIMEOUT = 1800.0
 
 
-class Tier(enum.StrEnum):
-    """How much is run where no modes are named.
+@dataclass(frozen=True)
+class _Finding:
+    """What was verified of one port, and the key of what it was verified on."""
 
-    `full` takes every mode; `core` one mode for each way of splitting; `fast` one mode
-    with one call and its sabotage, which is a check and no proof.
-    """
-
-    full = "full"
-    core = "core"
-    fast = "fast"
+    verification: Verification
+    key: dict[str, str]
 
 
 def run(
     names: Sequence[str],
-    modes: Sequence[str] | None,
+    selection: Selection,
     *,
     generated: Path,
-    tier: Tier = Tier.full,
+    processes: int = 1,
     as_json: bool = False,
 ) -> int:
     """Verify ports of a lock, print a table of each and keep the proofs in the lock.
@@ -52,9 +55,9 @@ def run(
 
     Args:
         names: ports; none means every port of the lock.
-        modes: names of modes, or None for those of the tier that the ports have.
+        selection: the modes of each.
         generated: folder of the ports and of the lock.
-        tier: how much to run where `modes` is None.
+        processes: how many ports are verified at a time.
         as_json: print JSON in place of the tables.
 
     Returns:
@@ -64,65 +67,59 @@ def run(
         PorterError: a mode is unknown, or the only port cannot be verified.
     """
     report = Report(as_json=as_json)
-    wanted = None if modes is None else parse_modes(modes)
+    ports = list(names or sorted(read_lock(generated).ports))
+    several = processes > 1 and len(ports) > 1
+    say = (lambda _: None) if several else report.message
+    task = functools.partial(_verify, selection, generated, say)
     code, found = 0, []
-    ports = names or sorted(read_lock(generated).ports)
-    for name in ports:
-        try:
-            verification = _verify(name, wanted, tier, generated, report)
-        except PorterError as error:
+    outcomes = (
+        in_processes(task, ports, processes=processes, timeout=TIMEOUT)
+        if several
+        else _in_turn(task, ports)
+    )
+    for number, outcome in enumerate(outcomes, 1):
+        result = outcome.result
+        if several:
+            seconds = f"{outcome.seconds:.0f} s"
+            report.message(f"[{number}/{len(ports)}] {outcome.name}: {seconds}")
+        if isinstance(result, PorterError):
             if len(ports) == 1:
-                raise
-            report.message(f"error: {name}: {error}")
+                raise result
+            report.message(f"error: {outcome.name}: {result}")
             code = 1
-            continue
-        found.append(verification)
-        code = max(code, verification.exit_code)
-        if not as_json:
-            report.line(verification.table())
+        elif result is not None:
+            if selection.is_proof:
+                _keep_proofs(outcome.name, generated, result)
+            found.append(result.verification)
+            code = max(code, result.verification.exit_code)
+            if not as_json:
+                report.line(result.verification.table())
     if as_json:
         report.json([verification.to_json() for verification in found])
     return code
 
 
+def _in_turn(
+    task: Callable[[str], _Finding | None], names: Sequence[str]
+) -> Iterator[Outcome[_Finding | None]]:
+    """The outcomes of a task for each name, in this process."""
+    for name in names:
+        started = time.monotonic()
+        result: _Finding | None | PorterError
+        try:
+            result = task(name)
+        except PorterError as error:
+            result = error
+        yield Outcome(name, result, time.monotonic() - started)
+
+
 def _verify(
-    name: str,
-    wanted: Sequence[Mode] | None,
-    tier: Tier,
-    generated: Path,
-    report: Report,
-) -> Verification:
-    """One port; its proofs are kept unless the tier is no proof.
+    selection: Selection, generated: Path, say: Callable[[str], None], name: str
+) -> _Finding | None:
+    """One port; None where nothing is left to verify.
 
     Raises:
         PorterError: the port or a mode is unknown, or nothing can be run.
-    """
-    chosen = _modes_of(name, generated, wanted, tier, report)
-    key = proof_key(read_lock(generated).ports[name])
-    is_fast = wanted is None and tier is Tier.fast
-    verification = verify_pipeline(
-        name,
-        generated=generated,
-        modes=chosen,
-        cases=(SABOTAGED,) if is_fast else None,
-        say=report.message,
-    )
-    if not is_fast:
-        _keep_proofs(name, generated, key, verification)
-    return verification
-
-
-def _modes_of(
-    name: str,
-    generated: Path,
-    wanted: Sequence[Mode] | None,
-    tier: Tier,
-    report: Report,
-) -> tuple[Mode, ...]:
-    """The modes to verify: those of the tier that the port has, or those asked for.
-
-    Raises:
-        PorterError: the lock has no such port, or the port lacks a mode that was asked for.
     """
     ports = read_lock(generated).ports
     if name not in ports:
@@ -131,31 +128,25 @@ def _modes_of(
             expected=", ".join(sorted(ports)) or "a port",
             todo=f"run porter add-model {name}",
         )
-    refused = ports[name].get("refused_modes", {})
-    chosen = []
-    for mode in (
-        (all_modes() if tier is Tier.full else CORE) if wanted is None else wanted
-    ):
-        missing = [kind for kind in mode.kinds if kind in refused]
-        if not missing:
-            chosen.append(mode)
-        elif wanted is not None:
-            raise PorterError(
-                f"mode {mode.name}: {name} is ported without {missing[0]}"
-                f" ({refused[missing[0]]})",
-                expected="modes that the port has",
-            )
-    for kind, reason in sorted(refused.items()):
-        report.message(f"{name} is ported without {kind}: {reason}")
-    if wanted is None and tier is Tier.fast:
-        # Guidance moves least of the model: another way of splitting shows more.
-        chosen = sorted(chosen, key=lambda mode: mode.cfg)[:1]
-    return tuple(chosen)
+    entry = ports[name]
+    modes = selection.of_port(name, entry)
+    for kind, reason in sorted(entry.get("refused_modes", {}).items()):
+        say(f"{name} is ported without {kind}: {reason}")
+    if selection.missing and not modes:
+        say(f"{name}: nothing is missing")
+        return None
+    key = proof_key(entry)
+    verification = verify_pipeline(
+        name,
+        generated=generated,
+        modes=modes,
+        cases=None if selection.is_proof else (SABOTAGED,),
+        say=say,
+    )
+    return _Finding(verification, key)
 
 
-def _keep_proofs(
-    name: str, generated: Path, key: Mapping[str, str], verification: Verification
-) -> None:
+def _keep_proofs(name: str, generated: Path, finding: _Finding) -> None:
     """Write the proofs into the lock.
 
     Raises:
@@ -163,11 +154,11 @@ def _keep_proofs(
     """
     # Read again: another command may have written since.
     lock = read_lock(generated)
-    if name not in lock.ports or proof_key(lock.ports[name]) != key:
+    if name not in lock.ports or proof_key(lock.ports[name]) != finding.key:
         raise PorterError(
             f"{name} or the runtime changed while it was verified",
             expected="one version of both",
             todo="run porter verify again",
         )
-    lock = with_verification(lock, name, verification)
+    lock = with_verification(lock, name, finding.verification)
     write_all(generated, {LOCK_NAME: lock.text()})

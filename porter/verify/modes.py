@@ -109,11 +109,14 @@ _SINGLES = (
     Mode(pp=2, patches=1),
     Mode(pp=4),
 )
-#: One mode for each way of splitting: what a sweep over many ports runs.
+#: One mode for each way of splitting, and the two of tokens together: what a sweep over
+#: many ports runs, and what the columns of `porter coverage` ask for.
 CORE = (
+    Mode(dp=2),
     Mode(cfg=2),
     Mode(ulysses=2),
     Mode(ring=2),
+    Mode(ring=2, ulysses=2),
     Mode(pp=2),
     Mode(pp=2, patches=2),
 )

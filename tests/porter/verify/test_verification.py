@@ -32,6 +32,10 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def _chosen(modes: list[str], *, missing: bool = False) -> verify.Selection:
+    return verify.Selection(verify.parse_modes(modes), missing=missing)
+
+
 def _edit(folder: Path, path: str, change: Callable[[str], str]) -> None:
     """Change a generated file as if porter had written it so."""
     file = folder / path
@@ -48,11 +52,25 @@ def test_a_right_port_is_proven_and_the_lock_says_so(
 ) -> None:
     folder = shutil.copytree(port, tmp_path / "generated")
     modes = ["cfg2", "ulysses2", "pipefusion2/3"]
-    assert verify.run([NAME], modes, generated=folder) == 0
+    assert verify.run([NAME], _chosen(modes), generated=folder) == 0
     assert "3 of 3 modes proven" in capsys.readouterr().out
     proofs = read_lock(folder).ports[NAME]["proofs"]["modes"]
     assert set(proofs) == {"cfg", "ulysses", "pipefusion"}
     assert proofs["ulysses"]["ulysses2"]["error"] < 1e-4
+    assert verify.run([NAME], _chosen(modes, missing=True), generated=folder) == 0
+    assert "nothing is missing" in capsys.readouterr().err
+
+
+def test_several_ports_in_processes(
+    port: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(port, tmp_path / "generated")
+    names = [NAME, "NoSuchPipeline"]
+    assert verify.run(names, _chosen(["cfg2"]), generated=folder, processes=2) == 1
+    told = capsys.readouterr()
+    assert "1 of 1 modes proven" in told.out
+    assert "error: NoSuchPipeline: no port NoSuchPipeline" in told.err
+    assert set(read_lock(folder).ports[NAME]["proofs"]["modes"]) == {"cfg"}
 
 
 def test_a_sabotaged_port_is_found_out(
@@ -68,7 +86,8 @@ def test_a_sabotaged_port_is_found_out(
         return text.replace(GATHER, zeros)
 
     _edit(folder, TRANSFORMER, drop_gather)
-    assert verify.run([NAME], ["cfg2", "ring2"], generated=folder, as_json=True) == 1
+    chosen = _chosen(["cfg2", "ring2"])
+    assert verify.run([NAME], chosen, generated=folder, as_json=True) == 1
     (found,) = json.loads(capsys.readouterr().out)
     status = {mode["mode"]: mode["status"] for mode in found["modes"]}
     # Guidance on two ranks gathers nothing here: what is right stays proven.
@@ -95,21 +114,21 @@ def test_a_port_edited_by_hand_is_not_run(port: Path, tmp_path: Path) -> None:
     with (folder / TRANSFORMER).open("a") as file:
         file.write("\n# by hand\n")
     with pytest.raises(PorterError, match="edited since porter wrote it"):
-        verify.run([NAME], ["cfg2"], generated=folder)
+        verify.run([NAME], _chosen(["cfg2"]), generated=folder)
 
 
 @pytest.mark.parametrize(
     ("names", "modes", "message"),
     [
-        (["NoSuchPipeline"], None, "no port NoSuchPipeline"),
+        (["NoSuchPipeline"], ["cfg2"], "no port NoSuchPipeline"),
         ([NAME], ["cfg5"], "mode 'cfg5'"),
     ],
 )
 def test_bad_input_is_one_line(
-    port: Path, names: list[str], modes: list[str] | None, message: str
+    port: Path, names: list[str], modes: list[str], message: str
 ) -> None:
     with pytest.raises(PorterError, match=message) as caught:
-        verify.run(names, modes, generated=port)
+        verify.run(names, _chosen(modes), generated=port)
     assert "\n" not in str(caught.value)
 
 
@@ -143,5 +162,5 @@ def test_proofs_of_what_has_changed_meanwhile_are_not_kept(
 
     monkeypatch.setattr(verify, "verify_pipeline", meanwhile)
     with pytest.raises(PorterError, match="changed while it was verified"):
-        verify.run([NAME], ["cfg2"], generated=folder)
+        verify.run([NAME], _chosen(["cfg2"]), generated=folder)
     assert not read_lock(folder).ports[NAME]["proofs"]
