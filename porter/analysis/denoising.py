@@ -47,6 +47,7 @@ class DenoisingLoop:
         skips: tests above the first call under which the body leaves a step out.
         stops: tests of the tail under which the loop ends early.
         other_jumps: jumps that passes could take differently.
+        around: the loop that it stands in, innermost, or None.
     """
 
     loop: cst.For
@@ -62,3 +63,4 @@ class DenoisingLoop:
     skips: tuple[cst.If, ...] = ()
     stops: tuple[cst.If, ...] = ()
     other_jumps: tuple[cst.Continue | cst.Break, ...] = ()
+    around: cst.For | cst.While | None = None

@@ -129,7 +129,7 @@ class PipelineFacts:
         cfg_axes: for a batched call, the axis that guidance doubles of each argument, or
             ITEMS for a list of one item a picture.
         transformers: facts by component name.
-        helpers: other models that a step calls (a ControlNet).
+        helpers: other models that a step calls on the latents (a ControlNet).
         cfg_helper_axes: as `cfg_axes`, by helper, where each rank runs its branch alone; any
             other helper runs whole on every rank.
     """

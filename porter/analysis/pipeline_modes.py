@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import libcst as cst
 
@@ -10,8 +10,6 @@ from porter.analysis.denoising import DenoisingLoop, TransformerCall
 from porter.analysis.guider import guider_loop
 from porter.parsed import ParsedModule, find
 from porter.scope import names_in, read_first, reads, writes
-
-_LOOPS = (cst.For, cst.While)
 
 
 def cfg_style(module: ParsedModule, loop: DenoisingLoop) -> tuple[str, str]:
@@ -196,8 +194,8 @@ def _statements_between(
 def unfit_for_passes(module: ParsedModule, loop: DenoisingLoop) -> str:
     """Why the loop cannot be cut into passes, which stages need, or ''."""
     where = module.where(loop.loop)
-    if any(isinstance(above, _LOOPS) for above in _in_frame(module, loop.loop)):
-        return f"{where}: the denoising loop stands inside another loop"
+    for name in sorted(_read_behind(module, loop) - {*loop.latents}):
+        return f"{where}: {name} of the denoising loop is read in the loop around it"
     if loop.loop.orelse is not None:
         return f"{module.where(loop.loop.orelse)}: the denoising loop has an else"
     if not loop.latents:
@@ -207,9 +205,42 @@ def unfit_for_passes(module: ParsedModule, loop: DenoisingLoop) -> str:
     return ""
 
 
-def _in_frame(module: ParsedModule, node: cst.CSTNode) -> Iterator[cst.CSTNode]:
-    """What holds `node` inside its function, innermost first."""
-    for above in module.ancestors(node):
-        if isinstance(above, cst.FunctionDef):
-            return
-        yield above
+def shared_latents(loop: DenoisingLoop | None, helpers: Collection[str]) -> str:
+    """When stages that are not the last need the whole latents.
+
+    Args:
+        loop: that is cut into passes, if one is.
+        helpers: other models that a step calls on the latents.
+
+    Returns:
+        At the end of all "steps", where the helpers read them, of the "loop", where one
+        around it goes on with them, or "" for never.
+    """
+    if loop is None:
+        return ""
+    around = "loop" if loop.around is not None else ""
+    return "steps" if helpers else around
+
+
+def _read_behind(module: ParsedModule, loop: DenoisingLoop) -> set[str]:
+    """What the transformer's output has reached in the loop and the loop around it reads.
+
+    It is right on the last stage alone.
+    """
+    if loop.around is None:
+        return set()
+    reached = {call.target for call in loop.calls if call.target is not None}
+    for line in (line for part in loop.body for line in _lines(part)):
+        if reads(module, line) & reached:
+            reached |= writes(module, line)
+    around = _statements(loop.around)
+    below = next(i for i, part in enumerate(around) if loop.loop in find(part, cst.For))
+    return reached & read_first(module, [*around[below + 1 :], *around])
+
+
+def _lines(part: cst.CSTNode) -> Iterator[cst.SimpleStatementLine]:
+    yield from find(part, cst.SimpleStatementLine)
+
+
+def _statements(loop: cst.For | cst.While) -> list[cst.CSTNode]:
+    return list(loop.body.body)

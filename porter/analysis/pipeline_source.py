@@ -236,6 +236,7 @@ def _dissect(
         skips=kinds.skips,
         stops=kinds.stops,
         other_jumps=kinds.others,
+        around=_innermost_loop(module, loop),
     )
 
 
@@ -272,9 +273,15 @@ def _child_of(
     return next(part for part in statements(block) if part in inside)
 
 
-def _innermost_loop(module: ParsedModule, node: cst.CSTNode) -> cst.CSTNode | None:
-    above = module.ancestors(node)
-    return next((a for a in above if isinstance(a, cst.For | cst.While)), None)
+def _innermost_loop(
+    module: ParsedModule, node: cst.CSTNode
+) -> cst.For | cst.While | None:
+    for above in module.ancestors(node):
+        if isinstance(above, cst.For | cst.While):
+            return above
+        if isinstance(above, cst.FunctionDef):
+            break
+    return None
 
 
 def _stepping_loop(

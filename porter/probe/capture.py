@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,6 +91,25 @@ def called_each_step(
         for handle in handles:
             handle.remove()
     return tuple(names)
+
+
+def whole_run_calls(
+    pipeline: Any, kwargs: Mapping[str, Any], names: Collection[str]
+) -> tuple[TransformerCall, ...]:
+    """All calls of the components `names` in a whole run."""
+    calls: list[TransformerCall] = []
+    handles = [
+        module.register_forward_pre_hook(_recorder(name, calls), with_kwargs=True)
+        for name, module in denoisers(pipeline).items()
+        if name in names
+    ]
+    try:
+        with torch.no_grad():
+            pipeline(**kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(calls)
 
 
 def _recorder(name: str, calls: list[TransformerCall]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from porter.errors import Refusal
 from porter.parsed import ParsedModule
 from porter.probe.capture import TransformerCall, called_each_step, first_step_calls
 from porter.probe.guidance import BATCHES, Guidance, measure_guidance
+from porter.probe.helpers import models_on_latents
 from porter.probe.loop_probe import BATCHED
 from porter.probe.stock import upstream_runs
 from porter.probe.transformer import probe_transformer
@@ -42,6 +43,7 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
     with upstream_runs(pipeline_class):
         guidance, runs = _measured_runs(pipeline)
         batched = _batched_runs(pipeline)
+        helpers = _helpers(pipeline, runs[0])
     transformers = {
         name: _transformer_facts(
             getattr(pipeline, name),
@@ -57,13 +59,19 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
             f"{pipeline_class.__name__} calls no transformer in its first step",
             expected="a denoising transformer",
         )
-    helpers = tuple(name for name in runs[0] if not is_transformer(name))
-    if helpers:
-        kwargs = call_kwargs(pipeline, num_inference_steps=4)
-        helpers = called_each_step(pipeline, kwargs, helpers)
     return PipelineFacts(
         guidance.style, guidance.axes, transformers, helpers, guidance.helper_axes
     )
+
+
+def _helpers(pipeline: Any, calls: Iterable[str]) -> tuple[str, ...]:
+    """Those of the called components, besides transformers, that a step calls on the latents."""
+    names = tuple(name for name in calls if not is_transformer(name))
+    if names:
+        kwargs = call_kwargs(pipeline, num_inference_steps=4)
+        names = called_each_step(pipeline, kwargs, names)
+    kwargs_of = functools.partial(call_kwargs, pipeline, num_inference_steps=2)
+    return models_on_latents(pipeline, kwargs_of, names)
 
 
 def _transformer_facts(

@@ -9,6 +9,7 @@ import libcst as cst
 
 from porter.analysis.facts import PipelineFacts
 from porter.analysis.helpers import helper_calls
+from porter.analysis.pipeline_modes import shared_latents
 from porter.analysis.pipeline_source import PipelineSource
 
 #: Modes in which several ranks make one call of the transformer.
@@ -73,13 +74,6 @@ class PipelineContext:
                 "sequential": "two calls were measured, not what the source shows",
             }
             refused["cfg"] = f"{where}: {seen[self.facts.cfg_style]}"
-        for mode in ("pp", "pipefusion") if self.facts.helpers else ():
-            where = self._call
-            refused.setdefault(
-                mode,
-                f"{where}: each step also calls {', '.join(self.facts.helpers)}, on latents "
-                "that one stage holds",
-            )
         for transformer in self.facts.transformers.values():
             for mode, reason in transformer.mixing.refused.items():
                 refused.setdefault(mode, reason)
@@ -91,6 +85,11 @@ class PipelineContext:
                 f"{where}: the tokens in {blocks} are no whole rows of the latents"
             )
         return refused
+
+    @property
+    def shared(self) -> str:
+        """When every stage gets the whole latents; see `shared_latents`."""
+        return shared_latents(self.source.rewritten_loop, self.facts.helpers)
 
     @property
     def _call(self) -> str:

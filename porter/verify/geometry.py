@@ -217,6 +217,8 @@ class _Enough(Exception):
 
 def _changed_rows(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Which rows of (B, H, S, D) differ in any sample, head or channel: (S,) of bool."""
+    if not before.numel():
+        return torch.zeros(before.shape[-2], dtype=torch.bool)
     limit = 1e-6 * float(before.abs().amax())
     return ((before - after).abs() > limit).any(-1).flatten(0, -2).any(0)
 

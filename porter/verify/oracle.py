@@ -10,8 +10,8 @@ attention reads rows of patches < p from step i, its own from step i, and rows o
 
 Return.  The latent rows of patch p leave the last stage and reach stage 0 before patch p
 of step i+1 starts there, and not earlier: code before the blocks sees, at (i, p), rows
-<= p of x_i and rows > p of x_(i-1).  After a whole (warm-up) step, and after a step with a
-callback, stage 0 has all rows.
+<= p of x_i and rows > p of x_(i-1).  After a whole (warm-up) step, after a step with a
+callback, and where another model reads the latents, stage 0 has all rows.
 
 Text.  Rows of keys that follow no latents are shared out too: each run of them is cut into
 even pieces, one a patch.  Attention whose keys hold no row that follows the latents stays
@@ -68,12 +68,15 @@ class DisplacedPatches:
             outside them runs whole.  None: all attention that sees the latents.
         branches: the doubled axes of a guided call, by path, where CFG ranks compute its
             branches apart and that shows; see `porter.verify.branches`.
+        whole_steps: every step begins with all rows of the step before, because another
+            model reads them; that model runs whole.
     """
 
     num_patches: int
     warmup_steps: int
     regions: tuple[str, ...] | None = None
     branches: tuple[tuple[str, int | str], ...] = ()
+    whole_steps: bool = False
 
     def run(
         self, pipeline: Any, call: Callable[[], Mapping[str, Any]], batch: int = 1
@@ -179,6 +182,9 @@ class _Simulation:
         """Yield `(i, t)` once a pass: whole in the warm-up, then once a patch."""
         times = list(timesteps)
         self._last_step = len(times) - 1
+        # A loop that stands in another one runs several times, each time anew.
+        self._latents, self._copies, self._others = None, [], []
+        self._keys.begin_loop()
         for step, t in enumerate(times):
             if step < self._plan.warmup_steps:
                 patches: Iterable[int | None] = (None,)
@@ -278,8 +284,13 @@ class _Simulation:
         held.copy_(latents.seen)
 
     def _step_ends_whole(self) -> bool:
-        """Whether stage 0 gets all rows after this pass: the last one, or for a callback."""
-        is_whole = self._step == self._last_step or bool(self._callback_names)
+        """Whether stage 0 gets all rows after this pass: the last one, for a callback, or
+        for another model."""
+        is_whole = (
+            self._step == self._last_step
+            or bool(self._callback_names)
+            or self._plan.whole_steps
+        )
         return self._is_last_pass() and is_whole
 
     def _with_patch(

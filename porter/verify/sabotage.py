@@ -38,6 +38,10 @@ FAULTS: dict[str, tuple[str, ...]] = {
         "key_doubled",
     ),
 }
+#: Of stages that all get the whole latents.
+SHARE_FAULT = "shared_latents_dropped"
+#: Of the stages that get them in their turn: where all steps are shared none is left.
+FEEDBACK_FAULT = "stage_feedback_dropped"
 #: Of any split of the tokens, where the model has masks at all.
 MASK_FAULT = "mask_dropped"
 #: Of stages, where the loop carries several latents.
@@ -65,6 +69,8 @@ class Mechanisms:
         mixing: keys of `MIXING_FAULTS`, in their order.
         several_latents: whether the loop steps more than one tensor.
         helpers: whether each rank runs other models for its guidance branch alone.
+        shares: when every stage gets the whole latents: at the end of all "steps", of the
+            "loop", or "".
     """
 
     kernels: bool = True
@@ -72,14 +78,18 @@ class Mechanisms:
     mixing: tuple[str, ...] = ()
     several_latents: bool = False
     helpers: bool = False
+    shares: str = ""
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any], latents: int = 1) -> Mechanisms:
+    def of(
+        cls, facts: Mapping[str, Any], latents: int = 1, shares: str = ""
+    ) -> Mechanisms:
         """From the measured facts of a port, as the lock keeps them.
 
         Args:
             facts: of the pipeline.
             latents: how many of them the loop carries.
+            shares: when every stage gets them, as the source and the facts say.
         """
         transformers = facts.get("transformers", {})
         found = [item.get("mixing", {}) for item in transformers.values()]
@@ -91,6 +101,7 @@ class Mechanisms:
             ),
             several_latents=latents > 1,
             helpers=bool(facts.get("cfg_helper_axes")),
+            shares=shares,
         )
 
 
@@ -122,6 +133,10 @@ def _faults_of(kind: str, has: Mechanisms) -> tuple[str, ...]:
     )
     if kind == "cfg" and has.helpers:
         faults += (HELPER_FAULT,)
+    if kind in ("pp", "pipefusion") and has.shares:
+        faults = (*faults, SHARE_FAULT)
+        if has.shares == "steps":
+            faults = tuple(fault for fault in faults if fault != FEEDBACK_FAULT)
     if kind not in _OF_TOKENS:
         several = kind == "pp" and has.several_latents
         return (*faults, LATENTS_FAULT) if several else faults

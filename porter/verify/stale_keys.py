@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from porter.source import is_transformer
 from porter.verify.geometry import (
     LatentRows,
     OracleRefusal,
@@ -89,6 +90,11 @@ class StaleKeys:
         """From here on the denoisers attend as stock does."""
         self._in_pass = False
 
+    def begin_loop(self) -> None:
+        """A denoising loop begins: nothing is cached, latents may have another shape."""
+        self._cached.clear()
+        self._probed.clear()
+
     @property
     def is_probed(self) -> bool:
         """False until a denoiser was called in a pass."""
@@ -106,10 +112,14 @@ class StaleKeys:
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks on the denoisers and on attention, for the time of the block."""
+        """Hooks on the transformers and on attention, for the time of the block.
+
+        Other models of the loop run whole.
+        """
         with contextlib.ExitStack() as stack:
             for name, module in denoisers(self._pipeline).items():
-                stack.enter_context(self._watched(name, module))
+                if is_transformer(name):
+                    stack.enter_context(self._watched(name, module))
             stack.enter_context(replaced_attention(self._attention))
             yield
 

@@ -16,6 +16,7 @@ import torch
 
 from porter import source
 from porter.analysis.facts import Axes
+from porter.analysis.pipeline_modes import shared_latents
 from porter.errors import PorterError
 from porter.lock import read_lock
 from porter.port import read_pipeline
@@ -110,9 +111,11 @@ def _mechanisms(name: str, generated: Path) -> Mechanisms:
     """What the port does with split tokens and latents: from its lock and its source."""
     entry = read_lock(generated).ports.get(name, {})
     loop = read_pipeline(name)[1].rewritten_loop
+    facts = entry.get("facts", {})
     return Mechanisms.of(
-        entry.get("facts", {}),
+        facts,
         latents=1 if loop is None else len(loop.latents),
+        shares=shared_latents(loop, facts.get("helpers", ())),
     )
 
 
@@ -292,7 +295,13 @@ def _answers(
     if not mode.is_displaced:
         return _Answers("stock", stock)
     branches = tuple(sorted(subject.branches.items())) if mode.cfg > 1 else ()
-    plan = DisplacedPatches(mode.patches, mode.warmup_steps(STEPS), regions, branches)
+    plan = DisplacedPatches(
+        mode.patches,
+        mode.warmup_steps(STEPS),
+        regions,
+        branches,
+        whole_steps=subject.has.shares == "steps",
+    )
     try:
         displaced = {case: subject.displaced_outputs(plan, case) for case in stock}
     except OracleRefusal as refusal:

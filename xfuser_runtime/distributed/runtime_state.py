@@ -160,16 +160,20 @@ class RuntimeState:
     def end_passes(self) -> None:
         """Forget the loop; what a call left behind must not reach the next."""
         self.loop_is_upstreams = False
+        self.cfg_batch_is_split = False
+        self.cfg_helpers_are_split = False
+        self.cfg_branches_are_split = False
+        self.cfg_entry_is_skipped = False
+        self.begin_loop()
+
+    def begin_loop(self) -> None:
+        """Forget the passes: a loop begins, whose latents may have another shape."""
         self.num_patches = 1
         self.latents_shape: tuple[int, ...] | None = None
         self.first_latents: torch.Tensor | None = None
         self.loop_shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
         self._row_borders: tuple[int, ...] | None = None
         self._patch_dim, self._patch_extent = 0, 0
-        self.cfg_batch_is_split = False
-        self.cfg_helpers_are_split = False
-        self.cfg_branches_are_split = False
-        self.cfg_entry_is_skipped = False
         self.start_pass(step=-1, patch=None)
 
     @property

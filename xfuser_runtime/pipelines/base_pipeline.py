@@ -32,7 +32,7 @@ from xfuser_runtime.layers.attention import reset_kv_caches
 from xfuser_runtime.pipelines import cfg, guiders
 from xfuser_runtime.pipelines.components import wrapped_transformers
 from xfuser_runtime.pipelines.data_parallel import enable_data_parallel
-from xfuser_runtime.pipelines.denoising_loop import DenoisingLoop, Latents
+from xfuser_runtime.pipelines.denoising_loop import DenoisingLoop, Latents, Share
 from xfuser_runtime.pipelines.loading import own_components
 from xfuser_runtime.proofs import refuse_lacking, used_kinds
 from xfuser_runtime.randomness import same_randomness
@@ -158,6 +158,7 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
                     return output if parallel_state.is_dp_last_group() else None
                 finally:
                     self.__dict__.pop("_xfuser_loop", None)
+                    self.__dict__.pop("_xfuser_share", None)
                     state.end_passes()
 
         return checked  # type: ignore[return-value]
@@ -168,12 +169,21 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
         self, items: Iterable[Any], num_warmup_steps: int, *, callback: Any = None
     ) -> Iterator[Any]:
         """Whole passes over the warm-up steps; over all steps where there is one stage or
-        no step is left after the warm-up (the manual's `sync_only`)."""
+        no step is left after the warm-up (the manual's `sync_only`).
+
+        A loop that stands in another one runs several times in a call, each time anew.
+        """
+        state = get_runtime_state()
+        if "_xfuser_loop" in self.__dict__:
+            self._finish_sends()
+            self._forget_last_call()
+            state.begin_loop()
         loop = DenoisingLoop(
             list(items),
             num_warmup_steps,
-            get_runtime_state(),
+            state,
             has_callback=callback is not None,
+            share=self.__dict__.get("_xfuser_share"),
         )
         self.__dict__["_xfuser_loop"] = loop
         yield from self._watched(loop.sync_steps())
@@ -181,6 +191,11 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
     def _async_pipeline(self) -> Iterator[Any]:
         """One pass for each patch of each step that `_sync_pipeline` left (PipeFusion)."""
         yield from self._watched(self._loop.async_steps())
+
+    def _share_latents(self, when: Share) -> None:
+        """Every stage gets the whole latents at the end of each of the "steps", or of the
+        "loop": something besides the transformer reads them there."""
+        self.__dict__["_xfuser_share"] = when
 
     def _receive_patch(self, *latents: torch.Tensor | None) -> Any:
         """The latents this pass starts from; see `DenoisingLoop.receive`.

@@ -4,13 +4,14 @@ Warm-up steps are synchronous: each pass works on whole latents.  The steps afte
 asynchronous (PipeFusion): each pass works on one patch, and the stages work on different
 patches at the same time.  Three values travel between the first and the last stage:
 whole latents after a synchronous step, a patch's rows after an asynchronous pass, and
-whole latents to every stage at the end of a step when a callback wants to see them.
+whole latents to every stage at the end of a step when something besides the transformer
+reads them there: a callback, another model, or code behind the loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,6 +21,8 @@ from xfuser_runtime.distributed.runtime_state import RuntimeState
 
 Latents = tuple[torch.Tensor, ...]
 """What a loop carries: most often one tensor."""
+Share = Literal["steps", "loop"]
+"""When every stage gets the whole latents: at the end of each step, or of the last one."""
 
 
 class DenoisingLoop:
@@ -30,6 +33,7 @@ class DenoisingLoop:
         num_warmup_steps: synchronous steps before the asynchronous ones.
         state: runtime state of this rank.
         has_callback: a callback runs at the end of each step on whole latents.
+        share: when else every stage gets the whole latents; None for never.
     """
 
     def __init__(
@@ -39,10 +43,13 @@ class DenoisingLoop:
         state: RuntimeState,
         *,
         has_callback: bool,
+        share: Share | None = None,
     ) -> None:
         self._items = items
         self._state = state
         self.has_callback = has_callback
+        self._shares_steps = has_callback or share == "steps"
+        self._shares_end = share is not None
         self._group = parallel_state.get_pp_group()
         self._num_stages = self._group.world_size
         patches = state.runtime_config.num_pipeline_patch
@@ -57,6 +64,7 @@ class DenoisingLoop:
         )
         self._next_is_whole = False
         self._committed: dict[int | None, list[torch.dtype]] = {}
+        self._made: Latents = ()
 
     def sync_steps(self) -> Iterator[Any]:
         """Whole passes over the warm-up steps, over all steps when `sync_only`."""
@@ -75,6 +83,8 @@ class DenoisingLoop:
             for patch in patches:
                 self._state.start_pass(step=step, patch=patch)
                 yield self._items[step]
+        # What follows works on whole latents: schedulers join the copies of patches.
+        self._state.start_pass(step=self._state.step, patch=None)
 
     def run_whole_step(self) -> None:
         """Make the next step one whole pass, which fills the K/V caches anew.
@@ -95,7 +105,8 @@ class DenoisingLoop:
         """The latents that this pass starts from.
 
         The first stage takes what the last stage committed one step ago; other stages go
-        on with what they hold.
+        on with what they hold.  Where steps are shared, all passes of a step start from the
+        latents that it began with, on every stage.
         """
         state = self._state
         state.latents_shape = tuple(latents[0].shape)
@@ -103,7 +114,7 @@ class DenoisingLoop:
         state.first_latents = latents[0] if step == 0 else None
         if (
             self._channel is None
-            or self.has_callback
+            or self._shares_steps
             or step == 0
             or not self._is_first
         ):
@@ -143,29 +154,40 @@ class DenoisingLoop:
         """
         if self._channel is None:
             return after
-        self._committed[self._state.patch] = [each.dtype for each in after]
-        return tuple(
-            self._committed_one(old.to(new.dtype), new)
-            for old, new in zip(before, after, strict=True)
+        state, is_over = self._state, self.step_is_complete
+        self._committed[state.patch] = [each.dtype for each in after]
+        latents = tuple(
+            old.to(new.dtype) for old, new in zip(before, after, strict=True)
         )
-
-    def _committed_one(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-        assert self._channel is not None
-        region, latents = self._state.latent_slice, before
         if self._is_last:
-            if region is None:
-                latents = sent = after
-            else:
-                sent = region.narrow(after)
-                latents = region.write(latents, sent)
-            if not self.has_callback and self._state.step < len(self._items) - 1:
-                self._channel.send(sent.contiguous(), 0)
-        if self.has_callback and self.step_is_complete:
-            latents = latents.contiguous()
-            if not self._is_last:
-                latents = torch.empty_like(latents)
-            broadcast(latents, self._group, self._num_stages - 1)
+            made = self._taken_over(latents, after)
+            latents = latents if self._shares_steps and not is_over else made
+        if is_over and (self._shares_steps or self._shares_end and self._is_last_step):
+            latents = tuple(map(self._shared, latents))
         return latents
+
+    def _taken_over(self, before: Latents, after: Latents) -> Latents:
+        """The last stage's whole latents with this pass's region new; the first is told."""
+        region = self._state.latent_slice
+        made = sent = after
+        if region is not None:
+            started = self._shares_steps and self._state.patch != 0
+            sent = tuple(map(region.narrow, after))
+            made = tuple(map(region.write, self._made if started else before, sent))
+        if self._shares_steps:
+            self._made = made
+        elif not self._is_last_step:
+            assert self._channel is not None
+            for each in sent:
+                self._channel.send(each.contiguous(), 0)
+        return made
+
+    def _shared(self, latents: torch.Tensor) -> torch.Tensor:
+        """The last stage's latents, on every stage."""
+        latents = latents.contiguous()
+        if not self._is_last:
+            latents = torch.empty_like(latents)
+        return broadcast(latents, self._group, self._num_stages - 1)
 
     def finish_sends(self) -> None:
         """Wait until the first stage has what this one sent it."""
@@ -179,3 +201,7 @@ class DenoisingLoop:
     @property
     def _is_last(self) -> bool:
         return self._group.rank_in_group == self._num_stages - 1
+
+    @property
+    def _is_last_step(self) -> bool:
+        return self._state.step == len(self._items) - 1

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from xfuser_runtime.attention import ring, ulysses
 from xfuser_runtime.attention.cache import KVCache
-from xfuser_runtime.distributed.parallel_state import Group
+from xfuser_runtime.distributed.parallel_state import Group, is_pipeline_last_stage
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
 from xfuser_runtime.layers import attention, attention_site, conv, gathered
 from xfuser_runtime.pipelines import cfg, data_parallel
@@ -312,6 +312,19 @@ def _further_latents_dropped(fault: Fault) -> None:
     fault.replace(DenoisingLoop, "receive", broken)
 
 
+def _shared_latents_dropped(fault: Fault) -> None:
+    """Stages that are not the last get zeros for the latents that all should get."""
+
+    def broken(original: Callable[..., Any]) -> Callable[..., Any]:
+        def shared(self: Any, latents: torch.Tensor) -> torch.Tensor:
+            found = original(self, latents)
+            return found if is_pipeline_last_stage() else torch.zeros_like(found)
+
+        return shared
+
+    fault.replace(DenoisingLoop, "_shared", broken)
+
+
 def _stale_cache_frozen(fault: Fault) -> None:
     """Patch passes never write their keys into the cache."""
 
@@ -370,6 +383,7 @@ FAULTS: dict[str, Callable[[Fault], None]] = {
     "stage_hand_over_dropped": _stage_hand_over_dropped,
     "stage_feedback_dropped": _stage_feedback_dropped,
     "further_latents_dropped": _further_latents_dropped,
+    "shared_latents_dropped": _shared_latents_dropped,
     "stale_cache_frozen": _stale_cache_frozen,
     "scheduler_stepped_twice": _scheduler_stepped_twice,
 }

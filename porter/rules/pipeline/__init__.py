@@ -16,6 +16,7 @@ from porter.rules.pipeline.cfg_split_batch import CfgSplitBatch
 from porter.rules.pipeline.denoising_loop import DenoisingLoopPasses
 from porter.rules.pipeline.dp_last_group_output import DpLastGroupOutput
 from porter.rules.pipeline.set_input_parameters import SetInputParameters
+from porter.rules.pipeline.shared_latents import SharedLatents
 from porter.rules.pipeline.whole_latents_formulas import WholeLatentsFormulas
 
 RULES: tuple[type[Rule[Any]], ...] = (
@@ -24,6 +25,7 @@ RULES: tuple[type[Rule[Any]], ...] = (
     CfgSplitBatch,
     CfgMicroConditions,
     DenoisingLoopPasses,
+    SharedLatents,
     WholeLatentsFormulas,
     CfgBatchedCall,
     CfgHelperCall,

@@ -101,6 +101,30 @@ def test_every_patch_has_a_scheduler_and_the_whole_noise(
         batched.scheduler = own
 
 
+def test_steps_that_another_model_reads_begin_whole(joint: Any) -> None:
+    def reads_latents(module: Any, args: Any, kwargs: Any) -> Any:
+        read = kwargs["hidden_states"].mean()
+        text = kwargs["encoder_hidden_states"] * (1 + read)
+        return args, kwargs | {"encoder_hidden_states": text}
+
+    def called() -> dict[str, Any]:
+        nothing = {"callback_on_step_end": lambda *_: {}}
+        return dict(fresh(joint, GUIDED)()) | nothing
+
+    call = fresh(joint, GUIDED)
+    handle = joint.transformer.register_forward_pre_hook(
+        reads_latents, with_kwargs=True
+    )
+    try:
+        whole = DisplacedPatches(2, 1, whole_steps=True).run(joint, call)
+        late = DisplacedPatches(2, 1).run(joint, call)
+        after_callbacks = DisplacedPatches(2, 1).run(joint, called)
+    finally:
+        handle.remove()
+    assert relative_error(late, whole) > 1e-4
+    assert relative_error(after_callbacks, whole) == 0
+
+
 def test_without_warmup_only_filled_rows_are_seen(joint: Any) -> None:
     call = fresh(joint, GUIDED)
     stock = run_stock(joint, call)

@@ -60,7 +60,11 @@ def test_a_sabotage_that_did_not_run_shows_nothing(sabotage: Sabotage) -> None:
 
 
 EVERYTHING = Mechanisms(
-    masks=True, mixing=tuple(MIXING_FAULTS), several_latents=True, helpers=True
+    masks=True,
+    mixing=tuple(MIXING_FAULTS),
+    several_latents=True,
+    helpers=True,
+    shares="loop",
 )
 
 
@@ -82,6 +86,21 @@ def test_every_fault_that_is_asked_for_can_be_injected() -> None:
     for mode in all_modes():
         for kind in mode.kinds:
             assert set(FAULTS[kind]) & set(faults_for(mode, Mechanisms()))
+
+
+@pytest.mark.parametrize(
+    ("shares", "faults"),
+    [
+        ("", {"stage_feedback_dropped"}),
+        ("loop", {"stage_feedback_dropped", "shared_latents_dropped"}),
+        ("steps", {"shared_latents_dropped"}),
+    ],
+)
+def test_stages_are_broken_by_how_the_latents_come_back(
+    shares: str, faults: set[str]
+) -> None:
+    has = Mechanisms.of({}, shares=shares)
+    assert set(faults_for(Mode(pp=2), has)) == faults | {"stage_hand_over_dropped"}
 
 
 def test_new_verdicts_replace_old_proofs() -> None:

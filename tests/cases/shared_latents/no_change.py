@@ -1,3 +1,4 @@
+# facts: {"cfg_style": "batched", "cfg_axes": {}, "helpers": []}
 class ToyPipeline(DiffusionPipeline):
     def __init__(self, transformer, scheduler, vae):
         super().__init__()
@@ -9,9 +10,10 @@ class ToyPipeline(DiffusionPipeline):
         latents = self.prepare_latents(batch_size)
 
         # the loop
-        for chunk in chunks:
+        with self.progress_bar(total=num_inference_steps) as progress_bar:
             for i, t in enumerate(timesteps):
-                noise_pred = self.transformer(latents, timestep=t, prompt_embeds=prompt_embeds)[0]
+                residuals = self.controlnet(latents, timestep=t)
+                noise_pred = self.transformer(latents, residuals, timestep=t)[0]
                 latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
 
                 progress_bar.update()

@@ -1,0 +1,68 @@
+class ToyPipeline(DiffusionPipeline):
+    def __init__(self, transformer, scheduler, vae):
+        super().__init__()
+
+    @torch.no_grad()
+    def __call__(self, prompt=None, num_inference_steps=8, output_type="pil"):
+        batch_size = len(prompt)
+        timesteps = self.scheduler.timesteps
+        latents = self.prepare_latents(batch_size)
+
+        # the loop
+        history = []
+        for chunk in chunks:
+            latents = self.prepare_latents(batch_size, history)
+            for i, t in enumerate(timesteps):
+                noise_pred = self.transformer(latents, timestep=t, prompt_embeds=prompt_embeds)[0]
+                latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
+
+                progress_bar.update()
+
+            history.append(latents)
+
+        if output_type == "latent":
+            return latents
+
+        # back to pixels
+        image = self.vae.decode(latents)
+        self.maybe_free_model_hooks()
+        return image
+# output
+class ToyPipeline(DiffusionPipeline):
+    def __init__(self, transformer, scheduler, vae):
+        super().__init__()
+
+    @torch.no_grad()
+    def __call__(self, prompt=None, num_inference_steps=8, output_type="pil"):
+        batch_size = len(prompt)
+        timesteps = self.scheduler.timesteps
+        latents = self.prepare_latents(batch_size)
+
+        # the loop
+        history = []
+        for chunk in chunks:
+            latents = self.prepare_latents(batch_size, history)
+            num_pipeline_warmup_steps = get_runtime_state().runtime_config.warmup_steps
+            for i, t in chain(
+                self._sync_pipeline(enumerate(timesteps), num_pipeline_warmup_steps), self._async_pipeline()
+            ):
+                latents_before_pass = latents = self._receive_patch(latents)
+
+                noise_pred = self.transformer(latents, timestep=t, prompt_embeds=prompt_embeds)[0]
+                latents = self.scheduler.step(noise_pred, t, latents, return_dict=False)[0]
+
+                latents = self._commit_patch(latents_before_pass, latents)
+                if not self._step_is_complete():
+                    continue
+
+                progress_bar.update()
+
+            history.append(latents)
+
+        if output_type == "latent":
+            return latents
+
+        # back to pixels
+        image = self.vae.decode(latents)
+        self.maybe_free_model_hooks()
+        return image
