@@ -89,6 +89,8 @@ class PipelineContext:
     @property
     def shared(self) -> str:
         """When every stage gets the whole latents; see `shared_latents`."""
+        if "pp" in self.refused_modes:
+            return ""
         return shared_latents(self.source.rewritten_loop, self.facts.helpers)
 
     @property

@@ -28,7 +28,6 @@ def run(*args: str) -> tuple[int, str, str]:
     [
         (["add-model", "PixArtAlfaPipeline"], 2, "did you mean PixArtAlphaPipeline"),
         (["add-model", "StableDiffusionPipeline"], 1, "has no transformer"),
-        (["add-model", "HeliosPipeline"], 1, "stands inside another loop"),
         (["add-model"], 2, "no pipeline, expected NAME"),
         (["add-model", "A", "B", "--with", "x.py"], 2, "--with for several"),
         (["add-model", "nowhere.module:Thing"], 2, "no package nowhere"),

@@ -2,8 +2,7 @@
 
 Match:    the statements of `__call__` that settle the batch size (and height and width).
 Landmark: after the last of them and before the prompt is encoded; before the loop. Where
-          one prompt alone is taken, in windows around a loop that stays upstream's: above
-          the windows.
+          one prompt alone is taken, in windows around the loop: above the windows.
 Emit:     `get_runtime_state().set_input_parameters(...)` with those of height, width,
           batch_size and num_inference_steps that exist in the frame by then.
 Manual:   1.1 step 1
@@ -57,8 +56,8 @@ class SetInputParameters(Rule[PipelineContext]):
         self, module: ParsedModule, facts: PipelineContext, known: set[str]
     ) -> list[Edit]:
         """Above the statement that denoises, where the runtime needs no batch size."""
-        source = facts.source
-        if source.rewritten_loop is not None or source.outer is None:
+        source, loop = facts.source, facts.source.rewritten_loop
+        if source.outer is None or (loop is not None and loop.around is None):
             return []
         return [self.insert_before(module, source.outer, _call(known), blank=True)]
 
