@@ -15,6 +15,7 @@ from . import table, table_moving
 from .media import (
     FRAME_NAMES,
     FRAME_TOKEN_ROWS,
+    conditions,
     frame_count,
     is_of_frames,
     seconds,
@@ -151,6 +152,7 @@ def call_kwargs(
     if "audio" in given:
         wanted["audio"] = sound(pipeline, duration, batch_size)
     wanted.update(videos(type(pipeline), given, (frames, *size), batch_size))
+    wanted.update(conditions(type(pipeline), given, (frames, *size)))
     if "prior_token_ids" in names:
         wanted["prior_token_ids"] = _prior_tokens(pipeline, wanted, batch_size, text)
     length = names.get("max_sequence_length")

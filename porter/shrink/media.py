@@ -11,7 +11,8 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -31,6 +32,9 @@ FRAME_NAMES = ("num_frames", "frames", "video_length")
 
 SHIFT = 7
 """Pixels by which the stripes of a video move from frame to frame."""
+
+CONDITION_STRENGTH = 0.8
+"""How clean frames that a video is conditioned on are: neither like others nor fixed."""
 
 _VIDEO = re.compile(r"(^|_)videos?$|^controls$")
 
@@ -107,6 +111,39 @@ def videos(
             # The body looks at the first frame: it expects the frames of one video.
             one = f"{name}[0].size" in source
             found[name] = made[0] if one or batch_size == 1 else made
+    return found
+
+
+def conditions(
+    pipeline_class: type, given: frozenset[str], shape: tuple[int, int, int]
+) -> dict[str, Any]:
+    """Arguments in ``given`` that are lists of records of frames, made by the hint's class.
+
+    A record with an index is of one picture: one stands at the start, one further on.
+
+    Args:
+        pipeline_class: whose ``__call__`` is served.
+        given: names of arguments.
+        shape: frames, height and width.
+    """
+    call = inspect.signature(pipeline_class.__call__)
+    found: dict[str, Any] = {}
+    for name in sorted(given & set(call.parameters)):
+        hints = get_args(call.parameters[name].annotation)
+        record = next((hint for hint in hints if is_dataclass(hint)), None)
+        if record is None:
+            continue
+        known = {entry.name for entry in fields(record)}
+        # No codec compresses the picture.
+        common = {
+            "strength": CONDITION_STRENGTH,
+            **({"crf": 0} if "crf" in known else {}),
+        }
+        video = _video(*shape, start=len(name))
+        found[name] = [record(frames=video, **common)]
+        if "index" in known:
+            places = ((video[0], 0), (video[-1], 2))
+            found[name] = [record(frames=f, index=i, **common) for f, i in places]
     return found
 
 

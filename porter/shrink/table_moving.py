@@ -324,8 +324,7 @@ CALLS_OF: dict[str, dict[str, Any]] = {
     ),
     # Two windows along a video, or more.
     "LTXI2VLongMultiPromptPipeline": {"temporal_tile_size": 24, "temporal_overlap": 8},
-    # Compression of the picture by a codec that is no dependency.
-    "LTX2ImageToVideoPipeline": {"image_crf": 0},
+    **table_video_sound.CALLS_OF,
 }
 """Arguments of ``__call__`` that do not fit a small run, by pipeline."""
 
@@ -370,7 +369,7 @@ GIVEN: dict[str, frozenset[str]] = {
     "LTXImageToVideoPipeline": frozenset({"image"}),
     "LTXConditionPipeline": frozenset({"image"}),
     "LTXI2VLongMultiPromptPipeline": frozenset({"cond_image"}),
-    "LTX2ImageToVideoPipeline": frozenset({"image"}),
+    **table_video_sound.GIVEN,
 }
 """Optional media that a call gets, by pipeline."""
 

@@ -65,10 +65,19 @@ COMPONENTS: dict[str, dict[str, dict[str, Any]]] = {
             "LTX2ImageToVideoPipeline",
             "LTX2ConditionPipeline",
             "LTX2HDRPipeline",
-            "LTX2DFRPipeline",
-            "LTX2DFRTemporalRefinePipeline",
         ),
         _LTX2_3,
+    ),
+    **dict.fromkeys(
+        ("LTX2DFRPipeline", "LTX2DFRTemporalRefinePipeline"),
+        {
+            **_LTX2_3,
+            # Of later releases; each slot for a generated keyframe is told by it.
+            "transformer": {
+                **_LTX2_3["transformer"],
+                "use_keyframes_abs_pos_embedding": True,
+            },
+        },
     ),
     "Kandinsky6TI2VAPipeline": {
         # Optional, but sound is made by default.
@@ -81,3 +90,22 @@ COMPONENTS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """Configuration entries: pipeline class -> component -> entry."""
+
+CALLS_OF: dict[str, dict[str, Any]] = {
+    # Compression of the picture by a codec that is no dependency.
+    "LTX2ImageToVideoPipeline": {"image_crf": 0},
+    # Below 1 attention between the video and its references has a mask.
+    "LTX2InContextPipeline": {"conditioning_attention_strength": 0.5},
+}
+"""Arguments of ``__call__`` that do not fit a small run, by pipeline."""
+
+GIVEN: dict[str, frozenset[str]] = {
+    # What their task conditions a video on, which their signature calls optional.
+    "LTX2ImageToVideoPipeline": frozenset({"image"}),
+    **dict.fromkeys(
+        ("LTX2ConditionPipeline", "LTX2DFRPipeline"), frozenset({"conditions"})
+    ),
+    "LTX2InContextPipeline": frozenset({"conditions", "reference_conditions"}),
+    "LTX2HDRPipeline": frozenset({"reference_conditions"}),
+}
+"""Optional media that a call gets, by pipeline."""
