@@ -218,6 +218,7 @@ def _processors(facts: PipelineFacts) -> Iterator[Rewritten]:
     sums = {name: texts for found in mixing for name, texts in found.token_sums.items()}
     scales = {name for found in mixing for name in found.scales}
     selecting = {name for found in mixing for name in found.selecting}
+    padded = {name for found in mixing for name in found.padded}
     for name in sorted(names):
         owner = source.load(":".join(name.rsplit(".", 1)))
         processor = Processor(
@@ -226,6 +227,7 @@ def _processors(facts: PipelineFacts) -> Iterator[Rewritten]:
             sums.get(name, ()),
             name in scales,
             name in selecting,
+            name in padded,
         )
         yield rewrite("attention", owner, attention.RULES, processor, processor.method)
 

@@ -57,6 +57,7 @@ class MixingFacts:
         summing: attention modules with such a processor, by path.
         scales: processors whose softmax scale follows the number of tokens.
         selecting: processors that take the tokens alone that a mask marks.
+        padded: processors that pad a mask of all keys by the number of their own tokens.
         refused: mode to the reason why the blocks do not stand it.
     """
 
@@ -68,6 +69,7 @@ class MixingFacts:
     summing: tuple[str, ...] = ()
     scales: tuple[str, ...] = ()
     selecting: tuple[str, ...] = ()
+    padded: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -87,6 +89,7 @@ def mixing_from_json(data: Mapping[str, Any]) -> MixingFacts:
         summing=tuple(data.get("summing", ())),
         scales=tuple(data.get("scales", ())),
         selecting=tuple(data.get("selecting", ())),
+        padded=tuple(data.get("padded", ())),
         refused=dict(data.get("refused", {})),
     )
 

@@ -24,6 +24,7 @@ class Processor:
         token_sums: source of its expressions that sum over tokens.
         scales: whether its softmax scale follows the number of tokens.
         selects: whether it takes the tokens alone that a mask marks.
+        pads: whether it pads a mask of all keys by the number of its own tokens.
     """
 
     module: ParsedModule
@@ -31,6 +32,7 @@ class Processor:
     token_sums: tuple[str, ...] = ()
     scales: bool = False
     selects: bool = False
+    pads: bool = False
 
     @cached_property
     def method(self) -> cst.FunctionDef:

@@ -302,6 +302,7 @@ def mixing_facts(
             selecting=tuple(
                 sorted({*found.selecting, *map(_name, remedies.selecting)})
             ),
+            padded=tuple(sorted({*found.padded, *map(_name, remedies.padded)})),
         )
     return replace(found, refused=_refused(found, where))
 

@@ -38,6 +38,7 @@ class Remedies:
     summing: set[str] = field(default_factory=set)
     scales: set[type] = field(default_factory=set)
     selecting: set[type] = field(default_factory=set)
+    padded: set[type] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,9 @@ class RankRun:
             for path, stream in self._remedies.row_layers.items()
             if isinstance(self._modules.get(path), nn.Conv2d)
         }
-        runner = BlockRunner(self._call.block, self._attend, replaced)
+        runner = BlockRunner(
+            self._call.block, self._attend, replaced, self._remedies.padded
+        )
         with ProcessorSums.replayed(sums):
             return runner.run(self._arguments())
 

@@ -25,6 +25,9 @@ from porter.probe.leaves import tensor_leaves
 from porter.probe.present_tokens import PresentTokens
 from porter.verify.hooks import AttentionCall, replaced_attention
 
+#: Of attention modules: brings a mask to the number of keys.
+MASK_METHOD = "prepare_attention_mask"
+
 Place = tuple[str, int]
 """A module by path, and which of its uses in the block."""
 
@@ -75,6 +78,8 @@ class BlockRunner:
         block: the block.
         attend: answers its attention calls.
         replaced: outputs of modules that do not run, by path: called with the use's number.
+        padded: of a rank's run, filled with the processors that would pad a mask of all
+            keys by the number of the rank's tokens; here as in the port they do not.
     """
 
     def __init__(
@@ -82,10 +87,12 @@ class BlockRunner:
         block: nn.Module,
         attend: Attend,
         replaced: Mapping[str, Callable[[int], Any]],
+        padded: set[type] | None = None,
     ) -> None:
         self._block = block
         self._attend = attend
         self._replaced = replaced
+        self._padded = padded
         self._stack: list[tuple[Place, Use]] = []
         self._counts: dict[str, int] = {}
         self._calls: dict[str, int] = {}
@@ -124,6 +131,8 @@ class BlockRunner:
                     continue
                 if path in self._replaced:
                     stack.enter_context(self._bypassed(path, module))
+                if self._padded is not None and hasattr(module, MASK_METHOD):
+                    stack.enter_context(_unpadded(module, self._padded))
                 handles.append(
                     module.register_forward_pre_hook(
                         self._enter(path), with_kwargs=True
@@ -171,6 +180,26 @@ class BlockRunner:
         result = self._attend((path, number), call)
         self.trace.attention[path, number] = (call, result)
         return result
+
+
+@contextlib.contextmanager
+def _unpadded(module: nn.Module, padded: set[type]) -> Iterator[None]:
+    """A mask of another length than asked for keeps it; the processor is noted."""
+    original = getattr(module, MASK_METHOD)
+
+    def prepare(
+        mask: torch.Tensor | None, length: int, *args: Any, **kwargs: Any
+    ) -> Any:
+        if mask is not None and mask.shape[-1] != length:
+            padded.add(type(getattr(module, "processor", None)))
+            length = mask.shape[-1]
+        return original(mask, length, *args, **kwargs)
+
+    setattr(module, MASK_METHOD, prepare)
+    try:
+        yield
+    finally:
+        delattr(module, MASK_METHOD)
 
 
 def part_of(

@@ -85,5 +85,6 @@ def _facts(
     sums = tuple((given or {}).get("token_sums", ()))
     scales = bool((given or {}).get("scales"))
     selects = bool((given or {}).get("selects"))
-    processor = Processor(module, name, sums, scales, selects)
+    pads = bool((given or {}).get("pads"))
+    processor = Processor(module, name, sums, scales, selects, pads)
     return processor.method, processor

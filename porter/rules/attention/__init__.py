@@ -9,12 +9,14 @@ from porter.rules.attention.attention_call import AttentionCall
 from porter.rules.attention.present_tokens import PresentTokens
 from porter.rules.attention.softmax_scale import SoftmaxScale
 from porter.rules.attention.token_sums import TokenSums
+from porter.rules.attention.whole_masks import WholeMasks
 from porter.rules.base import Rule
 
 RULES: tuple[type[Rule[Any]], ...] = (
     AbsoluteImports,
     SoftmaxScale,
     PresentTokens,
+    WholeMasks,
     AttentionCall,
     TokenSums,
 )
