@@ -80,6 +80,36 @@ class MaskedBlock(nn.Module):
         return F.scaled_dot_product_attention(q, q, q, attn_mask=pairs)[:, 0]
 
 
+class PaddingProcessor:
+    """Brings a mask of pairs to the number of its own tokens, as the library's do."""
+
+    def __call__(self, attn: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        mask = attn.prepare_attention_mask(mask, x.shape[1])
+        q = attn.to_v(x)[:, None]
+        return F.scaled_dot_product_attention(q, q, q, attn_mask=mask[:, None])[:, 0]
+
+
+class PairsBlock(nn.Module):
+    """Attends under a mask of pairs of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = PaddedAttention(PaddingProcessor())
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return x + self.attn(x, mask)
+
+
+class PaddedAttention(LinearAttention):
+    """Pads masks of another length."""
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return self.processor(self, x, mask)
+
+    def prepare_attention_mask(self, mask: torch.Tensor, length: int) -> torch.Tensor:
+        return mask if mask.shape[-1] == length else F.pad(mask, (0, length))
+
+
 class Averaging(nn.Module):
     """Mixes in the block itself, outside of any module."""
 
@@ -98,7 +128,7 @@ def _remedies(block: nn.Module, rows: bool = False, **arguments: Any) -> Remedie
         ranks.append(RankInput(shard, cuts, integers))
     call = BlockCall(block, {"x": torch.randn(B, length, C), **arguments})
     found = Remedies()
-    tokens = Tokens(tuple(ranks), {"": ("x",)}, (), "toy.py:1")
+    tokens = Tokens(tuple(ranks), {"": ("x",), "attn": ("x",)}, (), "toy.py:1")
     with torch.no_grad():
         measure_blocks([call], tokens, found)
     return found
@@ -139,6 +169,14 @@ def test_the_outer_product_of_a_mask_is_recognised() -> None:
     mask[1, 4:7] = 0
     found = _remedies(MaskedBlock(), mask=mask)
     assert found.outer_masks == {"": "product"}
+
+
+def test_a_processor_that_pads_a_mask_of_all_keys_is_noted() -> None:
+    mask = torch.randn(B, H * W, H * W)
+    block = PairsBlock()
+    assert _remedies(block, mask=mask) == Remedies(padded={PaddingProcessor})
+    # The module is left as it was.
+    assert "prepare_attention_mask" not in vars(block.attn)
 
 
 def test_mixing_in_the_block_itself_is_refused() -> None:
