@@ -130,7 +130,7 @@ def conditions(
     found: dict[str, Any] = {}
     for name in sorted(given & set(call.parameters)):
         hints = get_args(call.parameters[name].annotation)
-        record = next((hint for hint in hints if is_dataclass(hint)), None)
+        record: Any = next((hint for hint in hints if is_dataclass(hint)), None)
         if record is None:
             continue
         known = {entry.name for entry in fields(record)}
