@@ -132,6 +132,7 @@ class PipelineFacts:
         helpers: other models that a step calls on the latents (a ControlNet).
         cfg_helper_axes: as `cfg_axes`, by helper, where each rank runs its branch alone; any
             other helper runs whole on every rank.
+        no_stages: why a run shows that it admits no stages, or "".
     """
 
     cfg_style: str
@@ -141,6 +142,7 @@ class PipelineFacts:
     cfg_helper_axes: Mapping[str, Mapping[str, int | str]] = dataclasses.field(
         default_factory=dict
     )
+    no_stages: str = ""
 
 
 def to_json(facts: Any) -> Any:
@@ -160,6 +162,7 @@ def facts_from_json(data: Mapping[str, Any]) -> PipelineFacts:
         cfg_helper_axes={
             name: dict(axes) for name, axes in data.get("cfg_helper_axes", {}).items()
         },
+        no_stages=data.get("no_stages", ""),
     )
 
 

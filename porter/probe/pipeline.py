@@ -16,6 +16,7 @@ from porter.probe.capture import TransformerCall, called_each_step, first_step_c
 from porter.probe.guidance import BATCHES, Guidance, measure_guidance
 from porter.probe.helpers import models_on_latents
 from porter.probe.loop_probe import BATCHED
+from porter.probe.stages import unfit_for_stages
 from porter.probe.stock import upstream_runs
 from porter.probe.transformer import probe_transformer
 from porter.shrink import call_kwargs, image_sizes, make_checkpoint, takes_one_prompt
@@ -43,7 +44,9 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
     with upstream_runs(pipeline_class):
         guidance, runs = _measured_runs(pipeline)
         batched = _batched_runs(pipeline)
-        helpers = _helpers(pipeline, runs[0])
+        called = _called_each_step(pipeline, runs[0])
+        kwargs_of = functools.partial(call_kwargs, pipeline, num_inference_steps=2)
+        helpers = models_on_latents(pipeline, kwargs_of, called)
     transformers = {
         name: _transformer_facts(
             getattr(pipeline, name),
@@ -60,18 +63,20 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
             expected="a denoising transformer",
         )
     return PipelineFacts(
-        guidance.style, guidance.axes, transformers, helpers, guidance.helper_axes
+        guidance.style,
+        guidance.axes,
+        transformers,
+        helpers,
+        guidance.helper_axes,
+        unfit_for_stages(pipeline, runs[0], transformers, called),
     )
 
 
-def _helpers(pipeline: Any, calls: Iterable[str]) -> tuple[str, ...]:
-    """Those of the called components, besides transformers, that a step calls on the latents."""
+def _called_each_step(pipeline: Any, calls: Iterable[str]) -> tuple[str, ...]:
+    """Those of the called components, besides transformers, that each step calls."""
     names = tuple(name for name in calls if not is_transformer(name))
-    if names:
-        kwargs = call_kwargs(pipeline, num_inference_steps=4)
-        names = called_each_step(pipeline, kwargs, names)
-    kwargs_of = functools.partial(call_kwargs, pipeline, num_inference_steps=2)
-    return models_on_latents(pipeline, kwargs_of, names)
+    kwargs = call_kwargs(pipeline, num_inference_steps=4)
+    return called_each_step(pipeline, kwargs, names) if names else ()
 
 
 def _transformer_facts(

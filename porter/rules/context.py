@@ -74,6 +74,8 @@ class PipelineContext:
                 "sequential": "two calls were measured, not what the source shows",
             }
             refused["cfg"] = f"{where}: {seen[self.facts.cfg_style]}"
+        for mode in ("pp", "pipefusion") if self.facts.no_stages else ():
+            refused.setdefault(mode, f"{self._call}: {self.facts.no_stages}")
         for transformer in self.facts.transformers.values():
             for mode, reason in transformer.mixing.refused.items():
                 refused.setdefault(mode, reason)

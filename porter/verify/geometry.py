@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -206,9 +207,20 @@ class TokenProbe:
 
         given = list(latents.unbind(0)) if self._is_list else latents
         self._bound.arguments[self._name] = given
+        arguments = inspect.BoundArguments(
+            self._bound.signature, _copied(self._bound.arguments)
+        )
         with replaced_attention(local), contextlib.suppress(_Enough):
-            self._module.forward(*self._bound.args, **self._bound.kwargs)
+            self._module.forward(*arguments.args, **arguments.kwargs)
         return found
+
+
+def _copied(arguments: Mapping[str, Any]) -> OrderedDict[str, Any]:
+    """Arguments whose lists a `forward` may take items out of."""
+    return OrderedDict(
+        (name, list(value) if isinstance(value, list) else value)
+        for name, value in arguments.items()
+    )
 
 
 class _Enough(Exception):
