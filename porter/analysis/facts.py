@@ -107,6 +107,8 @@ class TransformerFacts:
         mixing: how the blocks mix tokens besides the kernels of their attention.
         whole: why every rank runs the whole of it, `file:line: construct`; there are no
             loops then.  Empty where its tokens and blocks can be split.
+        batch_processors: those of `processors` that a pipeline sets for some calls alone, whose
+            batch they may look at as a whole.
     """
 
     loops: tuple[LoopFacts, ...]
@@ -116,6 +118,7 @@ class TransformerFacts:
     queries: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     mixing: MixingFacts = dataclasses.field(default_factory=MixingFacts)
     whole: str = ""
+    batch_processors: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +184,7 @@ def _transformer(data: Mapping[str, Any]) -> TransformerFacts:
         queries=_tuples(data.get("queries", {})),
         mixing=mixing_from_json(data.get("mixing", {})),
         whole=data.get("whole", ""),
+        batch_processors=tuple(data.get("batch_processors", ())),
     )
 
 

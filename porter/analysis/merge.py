@@ -55,6 +55,9 @@ def merged(
         layers=tuple(sorted({*first.layers, *second.layers})),
         queries=_joined(first.queries, second.queries, "queries", class_name),
         mixing=_mixing(first.mixing, second.mixing, class_name),
+        batch_processors=tuple(
+            sorted({*first.batch_processors, *second.batch_processors})
+        ),
     )
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from porter.analysis.facts import PipelineFacts, TransformerFacts
 from porter.errors import Refusal
 from porter.parsed import ParsedModule
+from porter.probe.call_processors import with_call_processors
 from porter.probe.capture import TransformerCall, called_each_step, first_step_calls
 from porter.probe.guidance import BATCHES, Guidance, measure_guidance
 from porter.probe.helpers import models_on_latents
@@ -49,7 +50,8 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
         helpers = models_on_latents(pipeline, kwargs_of, called)
     transformers = {
         name: _transformer_facts(
-            getattr(pipeline, name),
+            pipeline,
+            name,
             parsed_of(type(getattr(pipeline, name))),
             [calls[name] for calls in runs],
             [calls[name] for calls in batched if name in calls],
@@ -80,7 +82,8 @@ def _called_each_step(pipeline: Any, calls: Iterable[str]) -> tuple[str, ...]:
 
 
 def _transformer_facts(
-    model: Any,
+    pipeline: Any,
+    name: str,
     source: ParsedModule,
     calls: list[TransformerCall],
     batched: list[TransformerCall],
@@ -89,11 +92,24 @@ def _transformer_facts(
 
     Its calls can be split all the same: between the branches of guidance, and by prompts.
     """
+    model = getattr(pipeline, name)
     try:
-        return probe_transformer(model, source, calls, VARIANTS, batched)
+        facts = probe_transformer(model, source, calls, VARIANTS, batched)
     except Refusal as refusal:
         where = refusal.where or source.where(source.class_def(type(model).__name__))
         return TransformerFacts((), {}, (), (), whole=f"{where}: {refusal.found}")
+
+    def measure(guidance: bool, more: Mapping[str, Any]) -> TransformerFacts:
+        sizes = image_sizes(pipeline)
+        found = [
+            _first_calls(pipeline, sizes[size], text, rows, guidance, more)[name]
+            for rows, pairs in ((1, VARIANTS), (2, BATCHED))
+            for size, text in pairs
+        ]
+        single, several = found[: len(VARIANTS)], found[len(VARIANTS) :]
+        return probe_transformer(model, source, single, VARIANTS, several)
+
+    return with_call_processors(pipeline, name, facts, measure)
 
 
 def _measured_runs(
@@ -148,17 +164,30 @@ def _batched_runs(pipeline: Any) -> list[dict[str, TransformerCall]]:
 
 
 def _first_calls(
-    pipeline: Any, size: tuple[int, int], text: int, batch_size: int = 1
+    pipeline: Any,
+    size: tuple[int, int],
+    text: int,
+    batch_size: int = 1,
+    guidance: bool = True,
+    more: Mapping[str, Any] | None = None,
 ) -> dict[str, TransformerCall]:
-    """The first call of each component at one image size, text length and batch size."""
+    """The first call of each component at one image size, text length and batch size.
+
+    Args:
+        pipeline: the shrunken stock pipeline.
+        size, text, batch_size, guidance: see `call_kwargs`.
+        more: further arguments.
+    """
     kwargs = call_kwargs(
         pipeline,
         height=size[0],
         width=size[1],
         text=text,
         batch_size=batch_size,
+        guidance=guidance,
         num_inference_steps=2,
     )
+    kwargs |= more or {}
     found: dict[str, TransformerCall] = {}
     for call in first_step_calls(pipeline, kwargs):
         found.setdefault(call.component, call)

@@ -58,7 +58,7 @@ class Case:
         guidance: whether the second branch is on.
         callback: what is called at the end of each step.
         more: further arguments, under which the pipeline sets attention processors of its
-            own: no port has them, so only layouts that split no tokens can run the call.
+            own.
     """
 
     batch: int
@@ -78,10 +78,16 @@ class Case:
         words += [name for name, _ in self.more]
         return " ".join(words)
 
-    def suits(self, mode: Mode) -> bool:
-        """False where the mode has nothing to split on this call, or refuses it."""
+    def suits(self, mode: Mode, *, ported: bool = False) -> bool:
+        """False where the mode has nothing to split on this call, or refuses it.
+
+        Args:
+            mode: the mode.
+            ported: whether the port has the processors that `more` makes the pipeline set.
+        """
         if self.more:
-            return set(mode.kinds) <= {"dp", "cfg"} and self.batch % mode.dp == 0
+            kinds = {"dp", "cfg"} | ({"ring", "ulysses"} if ported else set())
+            return set(mode.kinds) <= kinds and self.batch % mode.dp == 0
         if mode.cfg > 1 and not self.guidance:
             return False
         if self.batch % mode.dp:

@@ -145,6 +145,24 @@ def denoisers(pipeline: Any) -> dict[str, nn.Module]:
     return found
 
 
+@contextlib.contextmanager
+def kept_processors(pipeline: Any) -> Iterator[None]:
+    """After the block the transformers have the attention processors that they had before.
+
+    A pipeline that sets others for a call leaves them there when the call fails.
+    """
+    models = [
+        (model, dict(model.attn_processors))
+        for name, model in denoisers(pipeline).items()
+        if is_transformer(name) and hasattr(model, "set_attn_processor")
+    ]
+    try:
+        yield
+    finally:
+        for model, held in models:
+            model.set_attn_processor(held)
+
+
 def install_step(scheduler: Any, replacement: Callable[..., Any]) -> None:
     """Let `scheduler.step` call `replacement(original, args, kwargs)`, signature kept."""
     original = type(scheduler).step.__get__(scheduler)

@@ -71,6 +71,7 @@ class Mechanisms:
         helpers: whether each rank runs other models for its guidance branch alone.
         shares: when every stage gets the whole latents: at the end of all "steps", of the
             "loop", or "".
+        batch_processors: whether it has the processors that some calls set.
     """
 
     kernels: bool = True
@@ -79,6 +80,7 @@ class Mechanisms:
     several_latents: bool = False
     helpers: bool = False
     shares: str = ""
+    batch_processors: bool = False
 
     @classmethod
     def of(
@@ -102,6 +104,9 @@ class Mechanisms:
             several_latents=latents > 1,
             helpers=bool(facts.get("cfg_helper_axes")),
             shares=shares,
+            batch_processors=any(
+                item.get("batch_processors") for item in transformers.values()
+            ),
         )
 
 

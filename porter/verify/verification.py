@@ -35,6 +35,7 @@ from porter.verify.floor import (
 )
 from porter.verify.gate import relative_error, sabotage_shows
 from porter.verify.geometry import OracleRefusal
+from porter.verify.hooks import kept_processors
 from porter.verify.modes import Mode, all_modes
 from porter.verify.oracle import DisplacedPatches
 from porter.verify.processes import RunRequest, RunResult, start_replay
@@ -158,7 +159,8 @@ class _Subject:
         self.say(f"stock: {case.name}")
         call = fresh(self.pipeline, case)
         try:
-            found = reference(self.pipeline, call)
+            with kept_processors(self.pipeline):
+                found = reference(self.pipeline, call)
         except Exception as error:
             if case.callback is None and case.batch == 1 and not case.more:
                 raise PorterError(
@@ -186,7 +188,8 @@ class _Subject:
 
     def cases(self, mode: Mode) -> tuple[Case, ...]:
         """The cases that `mode` has something to split on."""
-        return tuple(case for case in self.references if case.suits(mode))
+        ported = self.has.batch_processors
+        return tuple(c for c in self.references if c.suits(mode, ported=ported))
 
     def sabotaged_in(self, mode: Mode) -> Case:
         """The case that faults are injected into."""

@@ -5,7 +5,7 @@ Landmark: the class attributes stand above it.
 Emit:     `submodule_classes_to_wrap`, `submodule_name_to_wrap`, the streams that the keys
           of each wrapped attention hold, those of its queries where they differ, the
           streams that stay whole on every rank, masks that need completing, layers over rows,
-          and what code outside of the loops reads of single blocks.
+          processors that look at the whole batch, and what code outside of the loops reads of single blocks.
 Manual:   2.1
 
 The manual hands these to `__init__`; ours are class attributes, since the wrapper defines
@@ -52,6 +52,8 @@ class InitSubmodules(Rule[Forward]):
         kinds = {loop.blocks: loop.classes for loop in measured.loops if loop.classes}
         if kinds:
             text += f"block_classes = {kinds!r}\n"
+        if measured.batch_processors:
+            text += f"batch_processors = {measured.batch_processors!r}\n"
         if facts.block_parts:
             text += f"block_parts = {facts.block_parts!r}\n"
         start, _ = excerpt(module, facts.method)
