@@ -14,11 +14,12 @@ import libcst as cst
 
 from porter.analysis.denoising import DenoisingLoop, TransformerCall
 from porter.analysis.jumps import sorted_jumps, statements
+from porter.analysis.latents import carried_latents, scheduler_steps
 from porter.analysis.patches import unfit_for_patches
 from porter.analysis.pipeline_modes import cfg_style, unfit_for_passes
 from porter.errors import Refusal
 from porter.parsed import ParsedModule, Statement, dotted, find
-from porter.scope import carried, one_line, reads, writes
+from porter.scope import one_line, reads
 
 CALLBACKS = ("callback", "callback_on_step_end")
 
@@ -194,13 +195,13 @@ def _dissect(
 ) -> DenoisingLoop:
     body = statements(loop.body)
     interrupt = _interrupt(module, body)
-    stepping = max(i for i, part in enumerate(body) if _steps(module, part))
+    stepping = max(i for i, part in enumerate(body) if scheduler_steps(module, part))
     cut = next(
         (i for i, s in enumerate(body) if i > stepping and _is_tail(module, s)),
         len(body),
     )
     inside = tuple(body[1 if interrupt else 0 : cut])
-    latents, in_place = _latents(module, loop, inside)
+    latents, in_place = carried_latents(module, loop, inside)
     jumps: list[cst.Continue | cst.Break] = []
     for jump in (*find(loop.body, cst.Continue), *find(loop.body, cst.Break)):
         inside_check = interrupt is not None and interrupt in module.ancestors(jump)
@@ -288,20 +289,9 @@ def _stepping_loop(
     module: ParsedModule, call: cst.FunctionDef, node: cst.CSTNode
 ) -> cst.For | None:
     for above in _between(module, node, call):
-        if isinstance(above, cst.For) and _steps(module, above):
+        if isinstance(above, cst.For) and scheduler_steps(module, above):
             return above
     return None
-
-
-def _steps(module: ParsedModule, node: cst.CSTNode) -> list[cst.Call]:
-    """Calls of `step` of something that is named a scheduler."""
-    return [
-        each
-        for each in find(node, cst.Call)
-        if isinstance(each.func, cst.Attribute)
-        and each.func.attr.value == "step"
-        and "scheduler" in module.source(each.func.value)
-    ]
 
 
 def _interrupt(module: ParsedModule, body: Sequence[Statement]) -> cst.If | None:
@@ -326,51 +316,6 @@ def _is_tail(module: ParsedModule, statement: Statement) -> bool:
         and "progress" in dotted(node.func.value)
         for node in find(statement, cst.Call)
     )
-
-
-def _latents(
-    module: ParsedModule, loop: cst.For, body: Sequence[Statement]
-) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The carried names that scheduler steps end in, and those that are stored into."""
-    targets: dict[str, bool] = {}
-    for step in _steps(module, loop.body):
-        small = next(
-            (a for a in module.ancestors(step) if isinstance(a, cst.Assign)), None
-        )
-        if small is None:
-            continue
-        target: cst.CSTNode = small.targets[0].target
-        if isinstance(target, cst.Tuple):
-            target = target.elements[0].value
-        if isinstance(target, cst.Subscript):
-            targets[dotted(target.value)] = True
-        else:
-            targets.setdefault(dotted(target), False)
-    kept = carried(module, body)
-    latents = [n for n, stored in targets.items() if n in kept or stored]
-    # A result may be put together with other parts before it becomes the latents.
-    derived = _derived(module, body, set(targets) - set(latents)) & kept
-    latents += sorted(derived - set(latents))
-    stored = {
-        dotted(target.target.value)
-        for part in body
-        for target in find(part, cst.AssignTarget)
-        if isinstance(target.target, cst.Subscript)
-    }
-    return tuple(latents), tuple(name for name in latents if name in stored)
-
-
-def _derived(
-    module: ParsedModule, body: Sequence[Statement], names: set[str]
-) -> set[str]:
-    """Names bound below the scheduler's step from what depends on `names`."""
-    first = next(i for i, part in enumerate(body) if _steps(module, part))
-    derived = set(names)
-    for part in body[first:]:
-        for small in find(part, cst.SimpleStatementLine):
-            if reads(module, small) & derived:
-                derived |= writes(module, small)
-    return derived - names
 
 
 def _transformer_call(
