@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,9 @@ def agreed_channels(
     else:
         latents = vae.get("latent_channels") or vae.get("z_dim")
         needed = _inverse(function, latents) if function and latents else None
+        if latents and packed == 1 and channels == latents * _of_patch(vae):
+            # A token is a whole patch of the VAE's, with its channels one by one.
+            packed, needed = _of_patch(vae), channels
         if needed is not None and "in_channels" not in changes and needed != channels:
             entries["in_channels"] = int(needed)
             channels = int(needed)
@@ -85,6 +89,12 @@ def agreed_channels(
         # The backbone gets more than the latents, and gives back no more than them.
         entries["out_channels"] = packed * latents
     return Channels(latents if is_free else None, entries)
+
+
+def _of_patch(vae: Mapping[str, Any]) -> int:
+    """Places of a patch whose channels a VAE normalises as one; 1 where it has none."""
+    patch = vae.get("patch_size")
+    return math.prod(patch) if isinstance(patch, Sequence) else 1
 
 
 def _inverse(latents: Callable[[int], int], channels: int) -> int | None:

@@ -15,7 +15,7 @@ from porter.verify.modes import Mode, all_modes, parse_modes
 from porter.verify.proofs import with_verification
 from porter.verify.selection import Selection, Tier
 from porter.verify.verdict import Verification
-from porter.verify.verification import SABOTAGED, verify_pipeline
+from porter.verify.verification import verify_pipeline
 from porter.workers import Outcome, in_processes
 from porter.write import write_all
 
@@ -140,7 +140,7 @@ def _verify(
         name,
         generated=generated,
         modes=modes,
-        cases=None if selection.is_proof else (SABOTAGED,),
+        cases=selection.cases,
         say=say,
     )
     return _Finding(verification, key)

@@ -114,17 +114,20 @@ class Case:
         return kwargs | dict(self.more)
 
 
-_PLAIN = (
+#: Without callbacks.
+PLAIN = (
     Case(1, 0, 0, True),
     Case(2, 1, 1, True),
     Case(2, 0, 0, False),
     Case(1, 2, 1, False),
 )
+#: The case that faults are injected into: every mode can split it.
+SABOTAGED = PLAIN[1]
 
 
 def cases_for(pipeline: Any) -> tuple[Case, ...]:
     """The cases that this pipeline can run: callbacks as far as `__call__` takes them."""
-    cases = list(_PLAIN)
+    cases = list(PLAIN)
     parameters = inspect.signature(type(pipeline).__call__).parameters
     by_name = "callback_on_step_end" in parameters
     if by_name or "callback" in parameters:

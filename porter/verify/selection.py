@@ -9,14 +9,16 @@ from typing import Any
 
 from porter.errors import PorterError
 from porter.lock import proof_key
+from porter.verify.cases import PLAIN, SABOTAGED, Case
 from porter.verify.modes import CORE, Mode, all_modes
 
 
 class Tier(enum.StrEnum):
     """How much is run where no modes are named.
 
-    `full` takes every mode; `core` one mode for each way of splitting; `fast` one mode
-    with one call and its sabotage, which is a check and no proof.
+    `full` takes every mode and every call; `core` one mode for each way of splitting, on
+    the calls without callbacks; `fast` one mode with one call and its sabotage, which is a
+    check and no proof.
     """
 
     full = "full"
@@ -42,6 +44,13 @@ class Selection:
     def is_proof(self) -> bool:
         """Whether what is found may be kept."""
         return self.modes is not None or self.tier is not Tier.fast
+
+    @property
+    def cases(self) -> tuple[Case, ...] | None:
+        """The calls to compare; None for all that a pipeline can run."""
+        if self.modes is not None or self.tier is Tier.full:
+            return None
+        return PLAIN if self.is_proof else (SABOTAGED,)
 
     def of_port(self, name: str, entry: Mapping[str, Any]) -> tuple[Mode, ...]:
         """The modes to verify of one port.

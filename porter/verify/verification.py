@@ -24,7 +24,7 @@ from porter.shrink import make_checkpoint
 from porter.shrink.sizes import BLOCKS
 from porter.shrink.torchvision_names import provide
 from porter.verify.branches import computed_apart
-from porter.verify.cases import STEPS, Case, cases_for, fresh, packed
+from porter.verify.cases import SABOTAGED, STEPS, Case, cases_for, fresh, packed
 from porter.verify.floor import (
     Reference,
     doubled_key,
@@ -42,9 +42,7 @@ from porter.verify.processes import RunRequest, RunResult, start_replay
 from porter.verify.sabotage import Mechanisms, faults_for
 from porter.verify.verdict import Measurement, ModeVerdict, Sabotage, Verification
 
-#: The case that faults are injected into: every mode can split it.
-SABOTAGED = Case(2, 1, 1, True)
-#: The same where stock fails with two prompts.
+#: `SABOTAGED` where stock fails with two prompts.
 SABOTAGED_ALONE = Case(1, 1, 1, True)
 _STOCK_RAISES = "stock raises"
 #: Seconds for one group of ranks; a hanging port must not hold up the rest.

@@ -48,6 +48,15 @@ def test_fast_is_one_mode_and_no_proof() -> None:
     assert _names(fast, {**ENTRY, "refused_modes": sharded}) == ["cfg2"]
 
 
+def test_calls_with_callbacks_are_for_the_full_tier_and_named_modes() -> None:
+    assert Selection().cases is None
+    assert Selection(parse_modes(["cfg2"]), Tier.core).cases is None
+    core = Selection(tier=Tier.core).cases
+    assert core and all(case.callback is None for case in core)
+    assert {case.batch for case in core} == {1, 2}
+    assert {case.guidance for case in core} == {True, False}
+
+
 def test_missing_leaves_out_valid_proofs_alone() -> None:
     modes = {"cfg": {"cfg2": {}}, "ulysses": {"ulysses4": {}}}
     held = {**ENTRY, "proofs": {"key": proof_key(ENTRY), "modes": modes}}
