@@ -1,18 +1,19 @@
 """Finds the loops over transformer blocks in a `forward`.
 
-A block loop is a `for` over a list of blocks of `self`, plain or enumerated, whose body
-calls the block.  Gradient checkpointing makes a second call (and, around the loop, a
+A block loop is a `for` over a list of blocks of `self`, or over several in step, plain or
+enumerated, whose body calls the block.  Gradient checkpointing makes a second call (and, around the loop, a
 second loop); it never runs under inference and is recognised by its test.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import libcst as cst
 
 from porter.errors import Refusal
-from porter.parsed import ParsedModule, Statement, find, walk
+from porter.parsed import ParsedModule, Statement, dotted, find, walk
 from porter.scope import carried, read_first, reads, writes
 
 _FILLS = ("append", "extend", "insert", "pop")
@@ -39,9 +40,11 @@ class BlockLoop:
 
     Attributes:
         blocks: attribute name of the block list.
+        companions: attribute names of the lists that it runs over in step.
         node: the `for` statement.
         block: name of the loop variable that holds the block.
-        calls: the calls of the block, of which one iteration makes one.
+        calls: the calls of the block, and of the companions', of which one iteration makes
+            one each.
         arguments: names that the calls hand to the block.
         results: names that the calls assign.
         used: those of them that other statements of the body read.
@@ -51,11 +54,12 @@ class BlockLoop:
         alive: names that code after it reads.
         reads: names whose value from before the loop the body reads, checkpoint branches
             left out.
-        checkpoint: the `if` inside the loop whose first branch is a checkpoint, or None.
+        checkpoints: the `if`s inside the loop whose first branch is a checkpoint.
         around: the `if` around the loop whose first branch holds its twin, or None.
     """
 
     blocks: str
+    companions: tuple[str, ...]
     node: cst.For
     block: str
     calls: tuple[BlockCall, ...]
@@ -67,7 +71,7 @@ class BlockLoop:
     later: tuple[str, ...]
     alive: frozenset[str]
     reads: tuple[str, ...]
-    checkpoint: cst.If | None
+    checkpoints: tuple[cst.If, ...]
     around: cst.If | None
 
 
@@ -141,23 +145,18 @@ def _bindings(module: ParsedModule, name: cst.Name) -> list[cst.BaseExpression]:
 def _read_loop(
     module: ParsedModule, forward: cst.FunctionDef, node: cst.For
 ) -> BlockLoop | None:
-    blocks, block = _iterated(node)
-    if blocks is None or block is None:
-        return None
-    checkpoint = _checkpoint_inside(module, node)
-    dead = set(walk(checkpoint.body)) if checkpoint is not None else set()
+    iterated = _iterated(node)
+    checkpoints = _checkpoints_inside(module, node)
+    dead = {part for test in checkpoints for part in walk(test.body)}
     calls = [
         call
-        for call in walk(node.body)
-        if isinstance(call, cst.Call)
-        and call not in dead
-        and isinstance(call.func, cst.Name)
-        and call.func.value == block
+        for call in find(node.body, cst.Call)
+        if call not in dead and dotted(call.func) in iterated.values()
     ]
-    if not calls:
+    if not iterated or {dotted(call.func) for call in calls} != {*iterated.values()}:
         return None
     if any(
-        not _exclusive(module, one, other)
+        dotted(one.func) == dotted(other.func) and not _exclusive(module, one, other)
         for i, one in enumerate(calls)
         for other in calls[:i]
     ):
@@ -177,10 +176,12 @@ def _read_loop(
     written = set(filled).union(*(writes(module, part) for part in node.body.body))
     first = read_first(module, node.body.body)
     after = read_first(module, module.following(node, forward))
+    blocks, *companions = iterated
     return BlockLoop(
         blocks=blocks,
+        companions=tuple(companions),
         node=node,
-        block=block,
+        block=iterated[blocks],
         calls=found,
         arguments=frozenset().union(*(reads(module, call) for call in calls)),
         results=results,
@@ -190,7 +191,7 @@ def _read_loop(
         later=tuple(sorted((written & after) - {*results, *others})),
         alive=frozenset(after),
         reads=tuple(name for name in _reads(node, dead) if name in first),
-        checkpoint=checkpoint,
+        checkpoints=checkpoints,
         around=_checkpoint_around(module, forward, node),
     )
 
@@ -247,34 +248,47 @@ def _filled(node: cst.For, dead: set[cst.CSTNode]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _iterated(node: cst.For) -> tuple[str | None, str | None]:
-    """The block list's name and the block variable of `for ... in ...`."""
+def _iterated(node: cst.For) -> dict[str, str]:
+    """The block lists of `for ... in ...`, each with the variable of its blocks."""
     source: cst.BaseExpression = node.iter
     target: cst.BaseExpression = node.target
-    if (
-        isinstance(source, cst.Call)
-        and isinstance(source.func, cst.Name)
-        and source.func.value == "enumerate"
-        and len(source.args) == 1
-        and isinstance(target, cst.Tuple)
-        and len(target.elements) == 2
-    ):
-        source, target = source.args[0].value, target.elements[1].value
-    if (
-        isinstance(source, cst.Attribute)
-        and isinstance(source.value, cst.Name)
-        and source.value.value == "self"
-        and isinstance(target, cst.Name)
-    ):
-        return source.attr.value, target.value
-    return None, None
+    if _is_call_of("enumerate", source) and len(source.args) == 1:
+        places = _elements(target)
+        if len(places) != 2:
+            return {}
+        source, target = source.args[0].value, places[1]
+    if _is_call_of("zip", source):
+        sources, targets = [arg.value for arg in source.args], _elements(target)
+    else:
+        sources, targets = [source], [target]
+    found = {
+        dotted(each).removeprefix("self."): dotted(variable)
+        for each, variable in zip(sources, targets, strict=False)
+        if dotted(each).startswith("self.") and dotted(each).count(".") == 1
+    }
+    whole = len(found) == len(sources) == len(targets) and all(found.values())
+    return found if whole else {}
 
 
-def _checkpoint_inside(module: ParsedModule, node: cst.For) -> cst.If | None:
-    for inner in walk(node.body):
-        if isinstance(inner, cst.If) and is_checkpoint_test(module, inner.test):
-            return inner
-    return None
+def _is_call_of(name: str, node: cst.BaseExpression) -> TypeGuard[cst.Call]:
+    return isinstance(node, cst.Call) and dotted(node.func) == name
+
+
+def _elements(node: cst.BaseExpression) -> list[cst.BaseExpression]:
+    """The places of a tuple, or none."""
+    if not isinstance(node, cst.Tuple):
+        return []
+    return [element.value for element in node.elements]
+
+
+def _checkpoints_inside(module: ParsedModule, node: cst.For) -> tuple[cst.If, ...]:
+    """The outermost of the tests in the body that ask for gradients."""
+    found: list[cst.If] = []
+    for inner in find(node.body, cst.If):
+        if not any(above in found for above in module.ancestors(inner)):
+            if is_checkpoint_test(module, inner.test):
+                found.append(inner)
+    return tuple(found)
 
 
 def _checkpoint_around(

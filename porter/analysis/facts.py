@@ -33,6 +33,7 @@ class TokenAxis:
             then that of the queries.
         ndim: number of dimensions of the tensors that hold tokens.
         optional: some calls give the value once for all tokens, told by its size.
+        repeated: the dimension holds the tokens once for each sample.
     """
 
     dim: int
@@ -41,6 +42,7 @@ class TokenAxis:
     keys: int | None = None
     ndim: int = 0
     optional: bool = False
+    repeated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,8 @@ class LoopFacts:
         fresh: what the block calls assign and nothing binds before the loop, each with the
             carried stream that has its shape.
         classes: names of the blocks' classes; others were not measured.
+        companions: lists that the loop runs over in step, whose blocks leave their tokens
+            apart, each with the names of its blocks' classes.
     """
 
     blocks: str
@@ -91,6 +95,7 @@ class LoopFacts:
     )
     travels: tuple[str, ...] = ()
     fresh: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    companions: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +214,7 @@ def _loop(data: Mapping[str, Any]) -> LoopFacts:
         },
         travels=tuple(data.get("travels", ())),
         fresh=dict(data.get("fresh", {})),
+        companions=_tuples(data.get("companions", {})),
     )
 
 
@@ -226,6 +232,7 @@ def _axes(data: Mapping[str, Any]) -> dict[str, tuple[TokenAxis, ...]]:
                 axis["keys"],
                 axis["ndim"],
                 axis["optional"],
+                axis.get("repeated", False),
             )
             for axis in axes
         )

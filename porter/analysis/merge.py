@@ -110,6 +110,10 @@ def _loop(first: LoopFacts, second: LoopFacts, class_name: str) -> LoopFacts:
         after={**second.after, **first.after},
         travels=tuple(sorted({*first.travels, *second.travels})),
         fresh={**second.fresh, **first.fresh},
+        companions={
+            name: tuple(sorted({*classes, *second.companions.get(name, ())}))
+            for name, classes in first.companions.items()
+        },
         counts=_joined(first.counts, second.counts, "counts", class_name),
     )
 

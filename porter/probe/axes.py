@@ -100,6 +100,9 @@ class AxisSolver:
             streams = self._streams_of(name, extents, lengths)
             if streams is not None:
                 found.append(TokenAxis(dim, streams, ndim=len(shapes[0])))
+            elif (stream := self._repeated(extents, lengths)) is not None:
+                axis = TokenAxis(dim, (stream,), ndim=len(shapes[0]), repeated=True)
+                found.append(axis)
             elif self._follows_image(extents, present) and "." not in path:
                 # A tuple inside a tuple may be tables that tokens look up: they stay
                 # whole, and running the blocks on part of the tokens tells if they may.
@@ -135,6 +138,18 @@ class AxisSolver:
                 return (same[0],)
             return None
         return self.counted(extents, lengths)
+
+    def _repeated(
+        self, extents: tuple[int, ...], lengths: Mapping[str, tuple[int, ...]]
+    ) -> str | None:
+        """The stream of which `extents` are one multiple in every run, once a sample."""
+        if len(set(extents)) == 1:
+            return None
+        for stream in self._order:
+            times = {divmod(a, b) for a, b in zip(extents, lengths[stream], strict=True)}
+            if len(times) == 1 and times <= {(n, 0) for n in range(2, 9)}:
+                return stream
+        return None
 
     def counted(
         self,

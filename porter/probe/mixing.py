@@ -54,7 +54,7 @@ class MixingProbe:
         source: the module that defines its class.
         forward: its forward.
         loop: the loop.
-        where: `file:line` of the loop, for messages.
+        blocks: the list whose blocks are looked at, the loop's or a companion.
     """
 
     def __init__(
@@ -63,8 +63,12 @@ class MixingProbe:
         source: ParsedModule,
         forward: cst.FunctionDef,
         loop: BlockLoop,
+        blocks: str,
     ) -> None:
-        self._blocks = getattr(model, loop.blocks)
+        self._name, self._blocks = blocks, getattr(model, blocks)
+        # What the loop's own first block returns to its companions, by call.
+        self._leader = None if blocks == loop.blocks else getattr(model, loop.blocks)[0]
+        self._led: dict[int, Any] = {}
         self._loop = loop
         self._where = source.where(loop.node)
         self._run: Callable[[TransformerCall, Swap], None] = functools.partial(
@@ -121,10 +125,15 @@ class MixingProbe:
         def note(block: nn.Module, args: Any, kwargs: Any) -> None:
             calls.append(BlockCall(block, bound_arguments(block, args, kwargs)))
 
+        def keep(block: nn.Module, args: Any, output: Any) -> None:
+            self._led[id(call)] = output
+
         handles = [
             block.register_forward_pre_hook(note, with_kwargs=True)
             for block in self._blocks
         ]
+        if self._leader is not None:
+            handles.append(self._leader.register_forward_hook(keep))
         try:
             with torch.no_grad():
                 self._run(call, lambda name, value: value)
@@ -178,16 +187,23 @@ class MixingProbe:
         def stop(block: nn.Module, args: Any, kwargs: Any) -> None:
             raise _FirstBlock(bound_arguments(block, args, kwargs))
 
-        handle = self._blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+        def led(block: nn.Module, args: Any, output: Any) -> Any:
+            # Its own attention heard the rank's tokens alone.
+            return _part_like(self._led[id(call)], output, shard)
+
+        handles = [self._blocks[0].register_forward_pre_hook(stop, with_kwargs=True)]
+        if self._leader is not None:
+            handles.append(self._leader.register_forward_hook(led))
         try:
             with torch.no_grad():
                 self._run(call, swap)
         except _FirstBlock as reached:
             return reached.arguments
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         raise Refusal(
-            f"a loop that does not call its first block of {self._loop.blocks}",
+            f"a loop that does not call its first block of {self._name}",
             expected="one that calls all of them",
             where=self._where,
         )
@@ -252,6 +268,17 @@ def _rank_input(shard: Shard, whole: Arguments, local: Arguments) -> RankInput:
     return RankInput(shard, cuts, integers, frozenset(whole), alike)
 
 
+def _part_like(whole: Any, local: Any, shard: Shard) -> Any:
+    """The rank's part of an output, cut to the shapes of what the rank itself returned."""
+    if isinstance(whole, torch.Tensor):
+        fitting = shard.candidates(whole.shape, local.shape)
+        return shard.select(whole, fitting[0]) if fitting else whole
+    if isinstance(whole, tuple | list):
+        parts = zip(whole, local, strict=True)
+        return type(whole)(_part_like(one, other, shard) for one, other in parts)
+    return whole
+
+
 def _local(value: Any, axes: tuple[TokenAxis, ...], shard: Shard) -> Any:
     """The rank's part of a variable; a mask over pairs keeps all its columns."""
     if not axes or value is None:
@@ -268,9 +295,10 @@ def _local(value: Any, axes: tuple[TokenAxis, ...], shard: Shard) -> Any:
 def _along(value: Any, axis: TokenAxis, shard: Shard) -> Any:
     if isinstance(value, torch.Tensor):
         total = sum(shard.lengths[name] for name in axis.streams)
-        if value.ndim <= axis.dim or value.shape[axis.dim] != total:
+        repeats = value.shape[axis.dim] // total if axis.repeated else 1
+        if value.ndim <= axis.dim or value.shape[axis.dim] != total * repeats:
             return value
-        return shard.select(value, TokenCut(axis.dim, axis.streams))
+        return shard.select(value, TokenCut(axis.dim, axis.streams, repeats=repeats))
     if isinstance(value, dict):
         return {k: _along(v, axis, shard) for k, v in value.items()}
     if isinstance(value, tuple | list):

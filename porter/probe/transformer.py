@@ -64,16 +64,23 @@ def probe_transformer(
             source, loop, seen, variants, tokens, padded, trace
         ).measure()
         if measured is not None:
-            probe = MixingProbe(model, source, forward, loop)
             samples = [(calls[0], measured.lengths(seen[0]))]
             samples += [(batched[0], measured.lengths(run)) for run in padded[:1]]
             integers = [run.integers for run in seen]
-            remedies, counts = probe.measure(
-                measured.facts, measured.keys, samples, integers
+            for blocks in (loop.blocks, *loop.companions):
+                probe = MixingProbe(model, source, forward, loop, blocks)
+                keys = measured.keys if blocks == loop.blocks else {}
+                remedies, counts = probe.measure(
+                    measured.facts, keys, samples, integers
+                )
+                mixing.append((blocks, remedies, counts))
+            facts.append(
+                replace(
+                    measured.facts,
+                    classes=_classes(model, loop.blocks),
+                    companions={n: _classes(model, n) for n in loop.companions},
+                )
             )
-            mixing.append((loop.blocks, remedies, counts))
-            kinds = {type(block).__name__ for block in getattr(model, loop.blocks)}
-            facts.append(replace(measured.facts, classes=tuple(sorted(kinds))))
             attention.update(measured.attention)
             queries.update(measured.queries)
             processors.update(dict.fromkeys(measured.processors))
@@ -83,7 +90,7 @@ def probe_transformer(
             expected="a loop that carries the image tokens",
             where=source.where(forward),
         )
-    lists = {loop.blocks for loop in loops}
+    lists = {name for loop in loops for name in (loop.blocks, *loop.companions)}
     found = mixing_facts(mixing, source.where(forward))
     for path in found.summing:
         attention.setdefault(path, ())
@@ -109,6 +116,11 @@ def _traced(
     """The origins of the keys of a loop's first block in one call of the model."""
     replay = functools.partial(run_swapped, model, source, forward, loop, call)
     return KeyOrigins(getattr(model, loop.blocks)[0], axes, carried).run(replay)
+
+
+def _classes(model: nn.Module, blocks: str) -> tuple[str, ...]:
+    """Names of the classes in a block list."""
+    return tuple(sorted({type(block).__name__ for block in getattr(model, blocks)}))
 
 
 def _layers(model: nn.Module, block_lists: set[str]) -> tuple[str, ...]:

@@ -53,3 +53,15 @@ def test_tensors_of_fewer_dimensions_than_those_of_tokens_stay_whole() -> None:
     ]
     (axis,) = _solver(runs).axes_of("hints")
     assert (axis.dim, axis.item, axis.ndim, axis.optional) == (1, None, 3, True)
+
+
+def test_a_dimension_may_hold_the_tokens_of_each_sample() -> None:
+    runs: list[Shapes] = [{"mod": {"": (2 * f * h * w, 8)}} for f, h, w in _SIZES]
+    (axis,) = _solver(runs).axes_of("mod")
+    assert (axis.dim, axis.streams, axis.repeated) == (0, ("x",), True)
+
+
+def test_a_multiple_that_changes_is_no_number_of_samples() -> None:
+    runs: list[Shapes] = [{"mod": {"": (f * h * w * h, 8)}} for f, h, w in _SIZES]
+    with pytest.raises(Refusal, match="an image-sized axis that is no token axis"):
+        _solver(runs).axes_of("mod")

@@ -18,7 +18,7 @@ import libcst as cst
 from porter.analysis.block_loops import BlockCall, BlockLoop
 from porter.analysis.forward import Forward
 from porter.errors import RuleError
-from porter.parsed import ParsedModule, find
+from porter.parsed import ParsedModule, find, walk
 from porter.rules.base import Edit, Rule
 
 
@@ -38,10 +38,11 @@ class BlockGuard(Rule[Forward]):
         around: list[cst.If] = []
         for loop, _ in facts.regions:
             at = loop.calls[0].statement
-            if loop.checkpoint is not None:
-                edits.append(self._without_checkpoint(module, loop, at))
-            else:
-                for call in loop.calls:
+            inside = {part for test in loop.checkpoints for part in walk(test)}
+            for test in loop.checkpoints:
+                edits.append(self._without_checkpoint(module, loop, test, at))
+            for call in loop.calls:
+                if call.statement not in inside:
                     edits.extend(self._guarded(module, loop, call, at))
             if loop.around is not None and loop.around not in around:
                 around.append(loop.around)
@@ -71,11 +72,9 @@ class BlockGuard(Rule[Forward]):
         return self._header_of_other_branch(module, loop.around, "with region:", at)
 
     def _without_checkpoint(
-        self, module: ParsedModule, loop: BlockLoop, at: cst.CSTNode
+        self, module: ParsedModule, loop: BlockLoop, test: cst.If, at: cst.CSTNode
     ) -> Edit:
         """`if <checkpoint>: ... else:` becomes the guard; the else branch stays as it is."""
-        test = loop.checkpoint
-        assert test is not None
         guard = f"region.owns({loop.block})"
         branch = test.orelse
         if isinstance(branch, cst.If) and branch.orelse is None:

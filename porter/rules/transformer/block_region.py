@@ -127,8 +127,9 @@ def _axis(axis: TokenAxis) -> str:
 
 
 def _ndim(axis: TokenAxis) -> str:
-    """What tells tensors that hold tokens from others."""
-    return f", ndim={axis.ndim}" if axis.optional else ""
+    """What tells tensors that hold tokens from others, and how they hold them."""
+    repeated = ", repeated=True" if axis.repeated else ""
+    return f", ndim={axis.ndim}{repeated}" if axis.optional else repeated
 
 
 def _quoted(streams: Sequence[str]) -> str:
@@ -148,9 +149,9 @@ def _first(node: cst.For) -> Statement:
 def _reads(loop: BlockLoop, names: set[str]) -> Iterator[cst.Name]:
     """Places in the body that read `names`; keywords, attributes and dead code excluded."""
     skipped: set[cst.CSTNode] = set()
-    if loop.checkpoint is not None:
-        skipped.update(walk(loop.checkpoint.body))
-        skipped.update(walk(loop.checkpoint.test))
+    for test in loop.checkpoints:
+        skipped.update(walk(test.body))
+        skipped.update(walk(test.test))
     for call in loop.calls:
         if call.choice is not None:
             skipped.update(walk(call.choice.body))

@@ -50,6 +50,7 @@ class InitSubmodules(Rule[Forward]):
         if measured.mixing.row_layers:
             text += f"row_layers = {dict(measured.mixing.row_layers)!r}\n"
         kinds = {loop.blocks: loop.classes for loop in measured.loops if loop.classes}
+        kinds |= {n: c for loop in measured.loops for n, c in loop.companions.items()}
         if kinds:
             text += f"block_classes = {kinds!r}\n"
         if measured.batch_processors:
