@@ -19,6 +19,11 @@ FOLDERS = {
 }
 
 
+def qualified_name(cls: type) -> str:
+    """`module.Class` of a class."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
 @dataclass(frozen=True)
 class Binding:
     """How a module binds one of its global names.

@@ -285,9 +285,9 @@ def _checkpoints_inside(module: ParsedModule, node: cst.For) -> tuple[cst.If, ..
     """The outermost of the tests in the body that ask for gradients."""
     found: list[cst.If] = []
     for inner in find(node.body, cst.If):
-        if not any(above in found for above in module.ancestors(inner)):
-            if is_checkpoint_test(module, inner.test):
-                found.append(inner)
+        inside = any(above in found for above in module.ancestors(inner))
+        if not inside and is_checkpoint_test(module, inner.test):
+            found.append(inner)
     return tuple(found)
 
 

@@ -43,12 +43,29 @@ class Gathered:
 
 
 @dataclass(frozen=True)
+class Kinds:
+    """Two kinds of tokens in a stream, which the blocks tell apart by a number of theirs.
+
+    Attributes:
+        parameter: the blocks' parameter that counts one kind.
+        place: its place among their parameters.
+        counted: the kind that it counts, the first (0) or the second (1).
+    """
+
+    parameter: str
+    place: int
+    counted: int
+
+
+@dataclass(frozen=True)
 class MixingFacts:
     """How the blocks of one transformer mix tokens, attention's kernels apart.
 
     Attributes:
         rows: by block list, the integer that counts the image's rows, by stream: ranks
             hold whole rows, and the blocks are told how many.
+        kinds: by block list, two kinds of tokens in a stream, by stream: each is cut by
+            itself, and the blocks are told how many a rank holds.
         gathered: modules that run on whole streams, by path with `*` for indices.
         row_layers: convolutions over rows of the image, by path: the stream.
         outer_masks: attention modules whose mask is an outer product of one vector with
@@ -62,6 +79,7 @@ class MixingFacts:
     """
 
     rows: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    kinds: Mapping[str, Mapping[str, Kinds]] = field(default_factory=dict)
     gathered: Mapping[str, Gathered] = field(default_factory=dict)
     row_layers: Mapping[str, str] = field(default_factory=dict)
     outer_masks: Mapping[str, str] = field(default_factory=dict)
@@ -77,6 +95,10 @@ def mixing_from_json(data: Mapping[str, Any]) -> MixingFacts:
     """Mixing facts from their JSON; an empty mapping means that nothing mixes."""
     return MixingFacts(
         rows={blocks: dict(found) for blocks, found in data.get("rows", {}).items()},
+        kinds={
+            blocks: {stream: Kinds(**item) for stream, item in found.items()}
+            for blocks, found in data.get("kinds", {}).items()
+        },
         gathered={
             path: Gathered(
                 item["module"], _cuts(item["inputs"]), _cuts(item["outputs"])

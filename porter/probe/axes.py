@@ -146,7 +146,9 @@ class AxisSolver:
         if len(set(extents)) == 1:
             return None
         for stream in self._order:
-            times = {divmod(a, b) for a, b in zip(extents, lengths[stream], strict=True)}
+            times = {
+                divmod(a, b) for a, b in zip(extents, lengths[stream], strict=True)
+            }
             if len(times) == 1 and times <= {(n, 0) for n in range(2, 9)}:
                 return stream
         return None

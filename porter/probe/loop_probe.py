@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from porter.analysis.block_loops import BlockLoop
 from porter.analysis.facts import LoopFacts, TokenAxis
 from porter.errors import Refusal
+from porter.names import qualified_name
 from porter.parsed import ParsedModule
 from porter.probe.axes import AxisSolver
 from porter.probe.latents import LatentProbe, place_in_runs
@@ -397,8 +398,3 @@ def _expression(leaf: Leaf) -> str:
     return name + "".join(
         f"[{key}]" if key.isdigit() else f"[{key!r}]" for key in path.split(".") if key
     )
-
-
-def qualified_name(cls: type) -> str:
-    """`module.Class` of a class."""
-    return f"{cls.__module__}.{cls.__qualname__}"

@@ -14,8 +14,9 @@ from torch import nn
 
 from porter.analysis.block_loops import BlockLoop
 from porter.analysis.facts import LoopFacts, TokenAxis
-from porter.analysis.mixing import MixingFacts, TokenCut
+from porter.analysis.mixing import Kinds, MixingFacts, TokenCut
 from porter.errors import Refusal
+from porter.names import qualified_name
 from porter.parsed import ParsedModule
 from porter.probe.capture import TransformerCall
 from porter.probe.cuts import Shard, Unlike, cut_of
@@ -24,6 +25,7 @@ from porter.probe.locality import measure_blocks
 from porter.probe.loop_runs import run_swapped
 from porter.probe.present_tokens import selects_tokens
 from porter.probe.rank_run import BlockCall, RankInput, Remedies, Tokens, starred
+from porter.probe.sharded_block import bound_arguments
 
 _RANKS = 2
 Arguments = Mapping[str, Any]
@@ -98,11 +100,17 @@ class MixingProbe:
         """
         samples = [(call, lengths, self._calls(call)) for call, lengths in calls]
         refusal: Refusal | None = None
-        for rows in (None, *self._row_counts(facts, calls[0][1], integers)):
-            remedies = Remedies()
+        rows_found = self._row_counts(facts, calls[0][1], integers)
+        kinds_found = self._kinds(samples[0][2][0], calls[0][1])
+        for rows, kinds in (
+            (None, {}),
+            *((rows, {}) for rows in rows_found),
+            *((None, kinds) for kinds in kinds_found),
+        ):
+            remedies = Remedies(kinds=kinds)
             try:
                 for call, lengths, blocks in samples:
-                    ranks = self._ranks(call, blocks[0], lengths, facts, rows)
+                    ranks = self._ranks(call, blocks[0], lengths, facts, rows, kinds)
                     tokens = Tokens(ranks, attention, facts.whole, self._where)
                     measure_blocks(blocks, tokens, remedies)
             except Refusal as error:
@@ -149,9 +157,11 @@ class MixingProbe:
         lengths: Mapping[str, int],
         facts: LoopFacts,
         rows: Rows | None,
+        kinds: Mapping[str, Kinds],
     ) -> tuple[RankInput, ...]:
         """What each rank holds, and what the first block is then given."""
         found = []
+        parts, lengths = _segments(lengths, kinds, first.arguments)
         grains = {rows.stream: lengths[rows.stream] // rows.count} if rows else {}
         for rank in range(_RANKS):
             held = {}
@@ -160,7 +170,10 @@ class MixingProbe:
                 half = (length // grain + 1) // 2 * grain
                 held[name] = (0, half) if rank == 0 else (half, length)
             shard = Shard(held, lengths, grains)
-            arguments = self._first_arguments(call, facts, shard, rows)
+            arguments = self._first_arguments(call, facts, shard, rows, parts)
+            for stream, kind in kinds.items():
+                start, stop = held[parts[stream][kind.counted]]
+                arguments = {**arguments, kind.parameter: stop - start}
             found.append(_rank_input(shard, first.arguments, arguments))
         return tuple(found)
 
@@ -170,6 +183,7 @@ class MixingProbe:
         facts: LoopFacts,
         shard: Shard,
         rows: Rows | None,
+        parts: Mapping[str, tuple[str, ...]],
     ) -> Arguments:
         """What the loop hands to its first block when its variables are a rank's."""
 
@@ -180,9 +194,14 @@ class MixingProbe:
             if name in facts.counts:
                 return sum(
                     stop - start
-                    for start, stop in map(shard.rows.__getitem__, facts.counts[name])
+                    for stream in facts.counts[name]
+                    for start, stop in map(shard.rows.__getitem__, parts[stream])
                 )
-            return _local(value, facts.values.get(name, ()), shard)
+            axes = (
+                replace(axis, streams=sum(map(parts.__getitem__, axis.streams), ()))
+                for axis in facts.values.get(name, ())
+            )
+            return _local(value, tuple(axes), shard)
 
         def stop(block: nn.Module, args: Any, kwargs: Any) -> None:
             raise _FirstBlock(bound_arguments(block, args, kwargs))
@@ -208,6 +227,18 @@ class MixingProbe:
             where=self._where,
         )
 
+    def _kinds(
+        self, first: BlockCall, lengths: Mapping[str, int]
+    ) -> Iterator[dict[str, Kinds]]:
+        """Numbers that the blocks are given and that may count some of a stream's tokens."""
+        names = list(inspect.signature(type(first.block).forward).parameters)[1:]
+        for name, count in first.arguments.items():
+            for stream, length in lengths.items():
+                if type(count) is int and 0 < count < length:
+                    place = names.index(name)
+                    for counted in (1, 0):
+                        yield {stream: Kinds(name, place, counted)}
+
     def _row_counts(
         self,
         facts: LoopFacts,
@@ -232,12 +263,18 @@ class _FirstBlock(Exception):
         self.arguments = arguments
 
 
-def bound_arguments(
-    block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Arguments of a call of `block`, by parameter."""
-    bound = inspect.signature(type(block).forward).bind(block, *args, **kwargs)
-    return dict(list(bound.arguments.items())[1:])
+def _segments(
+    lengths: Mapping[str, int], kinds: Mapping[str, Kinds], first: Arguments
+) -> tuple[dict[str, tuple[str, ...]], dict[str, int]]:
+    """The segments of each stream, named as the runtime does, and their lengths."""
+    parts: dict[str, tuple[str, ...]] = {name: (name,) for name in lengths}
+    found = dict(lengths)
+    for stream, kind in kinds.items():
+        count = first[kind.parameter]
+        sizes = [count, found.pop(stream) - count]
+        parts[stream] = (f"{stream}.0", f"{stream}.1")
+        found |= dict(zip(parts[stream], sizes[:: 1 - 2 * kind.counted], strict=True))
+    return parts, found
 
 
 def _rank_input(shard: Shard, whole: Arguments, local: Arguments) -> RankInput:
@@ -317,20 +354,30 @@ def mixing_facts(
     """
     found = MixingFacts()
     for blocks, remedies, rows in loops:
-        sums = {_name(cls): item.texts for cls, item in remedies.token_sums.items()}
+        sums = {
+            qualified_name(cls): item.texts for cls, item in remedies.token_sums.items()
+        }
         summing = _starred(blocks, dict.fromkeys(remedies.summing))
         found = MixingFacts(
             rows={**found.rows, **({blocks: dict(rows)} if rows else {})},
+            kinds={
+                **found.kinds,
+                **({blocks: remedies.kinds} if remedies.kinds else {}),
+            },
             gathered={**found.gathered, **_starred(blocks, remedies.gathered)},
             row_layers={**found.row_layers, **_starred(blocks, remedies.row_layers)},
             outer_masks={**found.outer_masks, **_starred(blocks, remedies.outer_masks)},
             token_sums={**found.token_sums, **sums},
             summing=tuple(sorted({*found.summing, *summing})),
-            scales=tuple(sorted({*found.scales, *map(_name, remedies.scales)})),
-            selecting=tuple(
-                sorted({*found.selecting, *map(_name, remedies.selecting)})
+            scales=tuple(
+                sorted({*found.scales, *map(qualified_name, remedies.scales)})
             ),
-            padded=tuple(sorted({*found.padded, *map(_name, remedies.padded)})),
+            selecting=tuple(
+                sorted({*found.selecting, *map(qualified_name, remedies.selecting)})
+            ),
+            padded=tuple(
+                sorted({*found.padded, *map(qualified_name, remedies.padded)})
+            ),
         )
     return replace(found, refused=_refused(found, where))
 
@@ -341,6 +388,7 @@ def _refused(found: MixingFacts, where: str) -> dict[str, str]:
         (found.gathered, "runs on whole streams"),
         (found.row_layers, "is a convolution over the rows of the image"),
         (found.summing, "is linear attention"),
+        (found.kinds, "counts the tokens of one kind"),
         (found.selecting, "takes the tokens alone that a mask marks"),
     ):
         for path in sorted(paths):
@@ -350,7 +398,3 @@ def _refused(found: MixingFacts, where: str) -> dict[str, str]:
 
 def _starred(blocks: str, paths: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{blocks}.*.{starred(path)}": item for path, item in paths.items()}
-
-
-def _name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from porter.analysis.mixing import Gathered, TokenCut
+from porter.analysis.mixing import Gathered, Kinds, TokenCut
 from porter.errors import Refusal
 from porter.probe.cuts import Shard, Unlike, cut_of
 from porter.probe.masks import mask_form
@@ -39,6 +39,7 @@ class Remedies:
     scales: set[type] = field(default_factory=set)
     selecting: set[type] = field(default_factory=set)
     padded: set[type] = field(default_factory=set)
+    kinds: dict[str, Kinds] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ class BlockRunner:
     def _enter(self, path: str) -> Any:
         def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
             number = self._counts[path] = self._counts.get(path, -1) + 1
-            found = _bound(module, args, kwargs)
+            found = bound_arguments(module, args, kwargs)
             others = {
                 name: value
                 for name, value in found.items()
@@ -218,7 +218,10 @@ def part_of(
     return value
 
 
-def _bound(module: nn.Module, args: Any, kwargs: Any) -> dict[str, Any]:
+def bound_arguments(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a call of `module`, by parameter."""
     bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs)
     return dict(list(bound.arguments.items())[1:])
 

@@ -12,10 +12,11 @@ from torch import nn
 from porter.analysis.block_loops import BlockLoop, find_block_loops, find_method
 from porter.analysis.facts import LoopFacts, TransformerFacts
 from porter.errors import Refusal
+from porter.names import qualified_name
 from porter.parsed import ParsedModule
 from porter.probe.capture import TransformerCall
 from porter.probe.latents import LatentProbe
-from porter.probe.loop_probe import LoopProbe, Variant, qualified_name
+from porter.probe.loop_probe import LoopProbe, Variant
 from porter.probe.loop_runs import run_loops, run_swapped
 from porter.probe.mixing import MixingProbe, mixing_facts
 from porter.probe.provenance import KeyOrigins, Leaf

@@ -244,8 +244,11 @@ COMPONENTS: dict[str, dict[str, dict[str, Any]]] = {
         "scheduler": {"num_train_timesteps": 1, "shift": 1.0},
         "vae": {"encoder_hidden_size": 64, "decoder_channels": 8},
     },
-    # The backbone's table of frames has one length; half of its channels are variance.
-    "LattePipeline": {"transformer": {"video_length": 5, "out_channels": 8}},
+    # The backbone's table of frames has one length; half of its channels are variance.  By
+    # default it has one pair of blocks, which no stages share.
+    "LattePipeline": {
+        "transformer": {"video_length": 5, "out_channels": 8, "num_layers": 4}
+    },
     # The first VAE of the hint has no temporal compression, which the body reads.
     **dict.fromkeys(
         ("SanaVideoPipeline", "SanaImageToVideoPipeline"),

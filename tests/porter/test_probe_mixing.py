@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from porter.analysis.mixing import TokenCut
+from porter.analysis.mixing import Kinds, TokenCut
 from porter.errors import Refusal
 from porter.probe.cuts import Shard, Unlike, cut_of
 from porter.probe.locality import measure_blocks
+from porter.probe.mixing import _segments
 from porter.probe.rank_run import BlockCall, RankInput, Remedies, Tokens
+from xfuser_runtime.transformers.latent_tokens import segments_of_kinds
 
 B, H, W, C = 2, 5, 3, 8
 TOKENS = TokenCut(1, ("x",))
@@ -192,3 +194,20 @@ def test_a_cut_is_told_by_values() -> None:
     assert cut_of(whole, whole.clone(), shard) is None
     with pytest.raises(Unlike):
         cut_of(whole, whole[:, [0, 1, 6]], shard)
+
+
+@pytest.mark.parametrize(("counted", "sizes"), [(0, (5, 3)), (1, (3, 5))])
+def test_kinds_of_tokens_are_segments_as_the_runtime_names_them(
+    counted: int, sizes: tuple[int, int]
+) -> None:
+    kinds = {"x": Kinds("count", 2, counted)}
+    parts, lengths = _segments({"x": 8, "text": 3}, kinds, {"count": 5})
+    assert parts == {"x": ("x.0", "x.1"), "text": ("text",)}
+    assert lengths == {"text": 3, "x.0": sizes[0], "x.1": sizes[1]}
+    assert segments_of_kinds({"x": 8, "text": 3}, {"x": sizes})[0] == lengths
+
+
+def test_of_cuts_that_fit_one_without_repeats_comes_first() -> None:
+    shard = Shard({"x": (0, 2), "text": (0, 8)}, {"x": 4, "text": 16}, {})
+    alike = torch.ones(1, 16)
+    assert cut_of(alike, alike[:, :8], shard) == TokenCut(1, ("text",))

@@ -22,7 +22,8 @@ import libcst as cst
 from porter.analysis.block_loops import BlockLoop
 from porter.analysis.facts import LoopFacts, TokenAxis
 from porter.analysis.forward import Forward
-from porter.parsed import ParsedModule, Statement, walk
+from porter.analysis.mixing import Kinds, MixingFacts
+from porter.parsed import ParsedModule, Statement, dotted, find, walk
 from porter.rules.base import Edit, Rule
 
 
@@ -45,8 +46,9 @@ class BlockRegion(Rule[Forward]):
             if loop.around is not None and loop.around not in entered:
                 entered.append(loop.around)
                 outer = loop.around
-            counts = facts.facts.mixing.rows.get(loop.blocks, {})
-            edits.extend(self._loop_edits(module, loop, measured, counts, outer))
+            edits.extend(
+                self._loop_edits(module, loop, measured, facts.facts.mixing, outer)
+            )
         return edits
 
     def _loop_edits(
@@ -54,14 +56,19 @@ class BlockRegion(Rule[Forward]):
         module: ParsedModule,
         loop: BlockLoop,
         facts: LoopFacts,
-        row_counts: Mapping[str, str],
+        mixing: MixingFacts,
         outer: Statement,
     ) -> Iterator[Edit]:
         """The edits of one loop; `outer` is the statement that its start stands before."""
+        row_counts = mixing.rows.get(loop.blocks, {})
+        kinds = mixing.kinds.get(loop.blocks, {})
         carried = [name for name in loop.carried if name in facts.values]
         carried += facts.travels
         own = {*carried, *loop.filled}
-        before = [_begin(facts, row_counts)]
+        before = [_begin(module, loop, facts, row_counts, kinds)]
+        for stream, kind in kinds.items():
+            rows = f'region.rows("{stream}.{kind.counted}")'
+            before.append(f"{_local(kind.parameter)} = {rows}")
         for stream, name in row_counts.items():
             before.append(f'{_local(name)} = region.count_rows({name}, "{stream}")')
         for name, axes in facts.values.items():
@@ -88,11 +95,40 @@ class BlockRegion(Rule[Forward]):
         ):
             yield replace(edit, outside=True)
         read = {*facts.values, *facts.counts, *row_counts.values()} - own
+        counted = [
+            (kind, argument)
+            for kind in kinds.values()
+            for argument in _arguments(loop, kind)
+        ]
+        for kind, argument in counted:
+            local = _local(kind.parameter)
+            yield self.replace(module, argument.value, local, at=at)
+        inside = {node for _, argument in counted for node in walk(argument)}
         for node in _reads(loop, read):
-            yield self.replace(module, node, _local(node.value), at=at)
+            if node not in inside:
+                yield self.replace(module, node, _local(node.value), at=at)
 
 
-def _begin(facts: LoopFacts, row_counts: Mapping[str, str]) -> str:
+def _arguments(loop: BlockLoop, kind: Kinds) -> list[cst.Arg]:
+    """What each block call hands to the parameter that counts."""
+    return [
+        argument
+        for call in loop.calls
+        for node in find(call.statement, cst.Call)
+        if dotted(node.func) == loop.block
+        for place, argument in enumerate(node.args)
+        if (argument.keyword.value if argument.keyword else place)
+        in (kind.parameter, kind.place)
+    ]
+
+
+def _begin(
+    module: ParsedModule,
+    loop: BlockLoop,
+    facts: LoopFacts,
+    row_counts: Mapping[str, str],
+    kinds: Mapping[str, Kinds],
+) -> str:
     streams = ", ".join(
         f'"{name}": {variable}.shape[{dim}]'
         for name, (variable, dim) in facts.lengths.items()
@@ -108,6 +144,11 @@ def _begin(facts: LoopFacts, row_counts: Mapping[str, str]) -> str:
     if row_counts:
         counts = ", ".join(f'"{name}": {count}' for name, count in row_counts.items())
         latents += f", row_counts={{{counts}}}"
+    for name, kind in kinds.items():
+        variable, dim = facts.lengths[name]
+        count = module.source(_arguments(loop, kind)[0].value)
+        sizes = [count, f"{variable}.shape[{dim}] - {count}"][:: 1 - 2 * kind.counted]
+        latents += f', kinds={{"{name}": ({", ".join(sizes)})}}'
     return f'region = self._begin_region("{facts.blocks}", {{{streams}}}{latents})'
 
 
