@@ -252,12 +252,12 @@ def _iterated(node: cst.For) -> dict[str, str]:
     """The block lists of `for ... in ...`, each with the variable of its blocks."""
     source: cst.BaseExpression = node.iter
     target: cst.BaseExpression = node.target
-    if _is_call_of("enumerate", source) and len(source.args) == 1:
+    if _is_call_of(source, "enumerate") and len(source.args) == 1:
         places = _elements(target)
         if len(places) != 2:
             return {}
         source, target = source.args[0].value, places[1]
-    if _is_call_of("zip", source):
+    if _is_call_of(source, "zip"):
         sources, targets = [arg.value for arg in source.args], _elements(target)
     else:
         sources, targets = [source], [target]
@@ -270,7 +270,7 @@ def _iterated(node: cst.For) -> dict[str, str]:
     return found if whole else {}
 
 
-def _is_call_of(name: str, node: cst.BaseExpression) -> TypeGuard[cst.Call]:
+def _is_call_of(node: cst.BaseExpression, name: str) -> TypeGuard[cst.Call]:
     return isinstance(node, cst.Call) and dotted(node.func) == name
 
 
