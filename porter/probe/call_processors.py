@@ -15,7 +15,7 @@ from typing import Any
 
 from porter.analysis.facts import TransformerFacts
 from porter.errors import Refusal
-from porter.probe.loop_probe import qualified_name
+from porter.names import qualified_name
 from porter.shrink import PROCESSOR_CALLS
 from porter.verify.hooks import kept_processors
 
