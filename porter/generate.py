@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from porter.port import (
 )
 from porter.report import state
 from porter.source import sha256
-from porter.workers import port_all
+from porter.workers import TIMEOUT, in_processes, port_all
 from porter.write import check_not_edited, write_all
 
 
@@ -214,15 +215,16 @@ def drift(folder: Path) -> dict[str, list[str]]:
     lock = read_lock(folder)
     found: dict[str, list[str]] = {name: [] for name in sorted(lock.ports)}
     ports: dict[str, Port] = {}
-    for name, entry in sorted(lock.ports.items()):
+    for outcome in in_processes(
+        functools.partial(_again, lock.ports), list(found), timeout=TIMEOUT
+    ):
+        name, entry = outcome.name, lock.ports[outcome.name]
         if reason := stale_reason(entry):
             found[name].append(reason)
-        try:
-            ports[name] = port_again(name, entry)
-            symbols = upstream_symbols(ports[name])
-        except PorterError as error:
-            found[name].append(f"no longer ports: {error}")
+        if isinstance(outcome.result, PorterError):
+            found[name].append(f"no longer ports: {outcome.result}")
             continue
+        ports[name], symbols = outcome.result
         found[name] += _changed_symbols(entry["upstream"], symbols)
     outputs = render_ports(ports.values())
     for name, entry in sorted(lock.ports.items()):
@@ -233,6 +235,14 @@ def drift(folder: Path) -> dict[str, list[str]]:
             if file.is_file() and sha256(file.read_text(encoding="utf-8")) != sha:
                 found[name].append(f"{path} was edited by hand or is of another run")
     return found
+
+
+def _again(
+    entries: Mapping[str, Mapping[str, Any]], name: str
+) -> tuple[Port, dict[str, str]]:
+    """A port of the lock from the installed source, and the symbols that it uses."""
+    port = port_again(name, entries[name])
+    return port, upstream_symbols(port)
 
 
 def _changed_symbols(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:

@@ -49,7 +49,7 @@ def in_processes(
     task: Callable[[str], Result],
     names: Sequence[str],
     *,
-    processes: int,
+    processes: int = PROCESSES,
     timeout: float,
 ) -> Iterator[Outcome[Result]]:
     """Does a task for each class; the outcomes come in the order in which they get ready.
