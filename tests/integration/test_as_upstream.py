@@ -34,7 +34,6 @@ from tests.integration.workshop import (
 from tests.ranks import RankError
 from tests.toys.joint_transformer import ToyJointAttnProcessor
 from xfuser_runtime.base_wrapper import upstream_class, xFuserBaseWrapper
-from xfuser_runtime.layers.register import xFuserAttentionProcessorRegister
 from xfuser_runtime.loader import load_upstream_class
 
 NAMES = (PIXART, JOINT, BATCHED)
@@ -276,11 +275,8 @@ def test_processors_not_converted_are_caught(
     expected = call(workshop.stock(JOINT))
 
     def body(rank: int, pipe: Any) -> Any:
-        monkeypatch.setattr(
-            xFuserAttentionProcessorRegister,
-            "convert",
-            staticmethod(lambda value: value),
-        )
+        place = "xfuser_runtime.layers.attention.fit_processor"
+        monkeypatch.setattr(place, lambda processor: processor)
         for block in pipe.transformer.transformer_blocks:
             # The mask of all keys would not fit: the shapes alone would tell.
             block.attn.set_processor(_Maskless())

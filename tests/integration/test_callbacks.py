@@ -260,9 +260,8 @@ def test_callbacks_without_the_exchange_are_caught(
 ) -> None:
     """Sabotage: stages go on with what they hold instead of whole latents."""
 
-    def keep_own(latents: torch.Tensor, group: Any, source: int) -> None:
-        if group.rank_in_group != source:
-            latents.zero_()
+    def keep_own(latents: torch.Tensor, group: Any, source: int) -> torch.Tensor:
+        return latents if group.rank_in_group == source else latents.zero_()
 
     place = "xfuser_runtime.pipelines.denoising_loop.broadcast"
     monkeypatch.setattr(place, keep_own)

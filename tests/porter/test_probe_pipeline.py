@@ -19,6 +19,9 @@ class Toy(nn.Module):
     """A model that ranks cannot share."""
 
 
+_HOLDER = SimpleNamespace(transformer=Toy())
+
+
 @pytest.mark.parametrize(
     ("where", "reason"),
     [("toy.py:2", "toy.py:2: a loop"), ("", "toy.py:1: a loop")],
@@ -30,7 +33,7 @@ def test_the_reason_stands_in_the_facts(
         raise Refusal("a loop", expected="another", where=where)
 
     monkeypatch.setattr(pipeline, "probe_transformer", refuse)
-    found = pipeline._transformer_facts(Toy(), SOURCE, [], [])
+    found = pipeline._transformer_facts(_HOLDER, "transformer", SOURCE, [], [])
     assert (found.loops, found.processors, found.whole) == ((), (), reason)
 
 
@@ -38,4 +41,4 @@ def test_a_fault_of_porter_is_no_reason(monkeypatch: pytest.MonkeyPatch) -> None
     broken = SimpleNamespace(args=1)
     monkeypatch.setattr(pipeline, "probe_transformer", broken)
     with pytest.raises(TypeError):
-        pipeline._transformer_facts(Toy(), SOURCE, [], [])
+        pipeline._transformer_facts(_HOLDER, "transformer", SOURCE, [], [])
