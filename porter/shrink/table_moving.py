@@ -88,6 +88,12 @@ COMPONENTS: dict[str, dict[str, dict[str, Any]]] = {
             "visual_cond": True,
         }
     },
+    "SanaWMPipeline": {
+        # The width of a head has another name.
+        "transformer": {"linear_head_dim": 24},
+        # As released; the class counts a level that compresses time alone twice.
+        "vae": {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8},
+    },
     # None by default.
     "EasyAnimatePipeline": {
         "transformer": {**_EASY, "in_channels": 16},
@@ -310,6 +316,11 @@ CALLS_OF: dict[str, dict[str, Any]] = {
     },
     # Chunks of a video, two or more.
     "Cosmos2_5_TransferPipeline": {"num_frames_per_chunk": 9},
+    # Where the camera goes and what it sees of a picture.
+    "SanaWMPipeline": {
+        "action": "w-80",
+        "intrinsics": [50.0, 50.0, 32.0, 32.0],
+    },
     # Two sections of a video.
     "HunyuanVideoFramepackPipeline": {"latent_window_size": 3},
     "LattePipeline": {"video_length": 5},
@@ -334,6 +345,7 @@ CALLS_OF: dict[str, dict[str, Any]] = {
 ONE_PROMPT = frozenset(
     {
         "LTXI2VLongMultiPromptPipeline",
+        "SanaWMPipeline",
         "WanVACEPipeline",
         # Takes one picture, and one alone.
         "MotifVideoImage2VideoPipeline",
@@ -376,5 +388,5 @@ GIVEN: dict[str, frozenset[str]] = {
 }
 """Optional media that a call gets, by pipeline."""
 
-ONE_PICTURE = frozenset({"Cosmos2_5_PredictBasePipeline"})
+ONE_PICTURE = frozenset({"Cosmos2_5_PredictBasePipeline", "SanaWMPipeline"})
 """Pipelines whose body makes a tensor of one picture, whatever the number of prompts."""

@@ -179,3 +179,15 @@ def test_upstream_faults_are_refusals_and_ours_are_not() -> None:
         kwargs.image_sizes(None)
     with pytest.raises(PorterError, match="^as it was$"), upstream_runs(int):
         raise PorterError("as it was")
+
+
+def test_a_class_that_calls_itself_wrongly_waits_for_upstream() -> None:
+    from porter.probe import stock
+
+    error = TypeError("Toy.encode() got an unexpected keyword argument 'index'")
+    toy = type("Toy", (), {})
+    assert stock._is_broken(toy, error)
+    assert not stock._is_broken(
+        toy, TypeError("run() got an unexpected keyword argument")
+    )
+    assert not stock._is_broken(toy, ValueError(str(error)))

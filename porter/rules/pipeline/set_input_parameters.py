@@ -2,7 +2,8 @@
 
 Match:    the statements of `__call__` that settle the batch size (and height and width).
 Landmark: after the last of them and before the prompt is encoded; before the loop. Where
-          one prompt alone is taken, in windows around the loop: above the windows.
+          one prompt alone is taken: above its encoding; in windows around the loop: above
+          the windows.
 Emit:     `get_runtime_state().set_input_parameters(...)` with those of height, width,
           batch_size and num_inference_steps that exist in the frame by then.
 Manual:   1.1 step 1
@@ -35,8 +36,7 @@ class SetInputParameters(Rule[PipelineContext]):
         known = set(source.parameters)
         settled = [i for i, names in enumerate(written) if "batch_size" in names][:1]
         if not settled:
-            known |= {name for names in written for name in names}
-            return self._above_windows(module, facts, known)
+            return self._of_one_prompt(module, facts, written)
         encoding = [i for i, part in enumerate(before) if _encodes_prompt(part)]
         limit = encoding[0] if encoding and encoding[0] > settled[0] else len(before)
         settled += [
@@ -52,14 +52,24 @@ class SetInputParameters(Rule[PipelineContext]):
             ]
         return [self.insert_after(module, before[place], text, at=anchor, blank=True)]
 
-    def _above_windows(
-        self, module: ParsedModule, facts: PipelineContext, known: set[str]
+    def _of_one_prompt(
+        self, module: ParsedModule, facts: PipelineContext, written: list[set[str]]
     ) -> list[Edit]:
-        """Above the statement that denoises, where the runtime needs no batch size."""
+        """Where the runtime needs no batch size: above the statement that denoises, or
+        above the encoding of a prompt that is no list."""
         source, loop = facts.source, facts.source.rewritten_loop
-        if source.outer is None or (loop is not None and loop.around is None):
+        if source.outer is None:
             return []
-        return [self.insert_before(module, source.outer, _call(known), blank=True)]
+        place, anchor = len(written), source.outer
+        if loop is not None and loop.around is None:
+            encoding = [
+                i for i, part in enumerate(source.before) if _encodes_prompt(part)
+            ]
+            if not encoding or not _takes_one_prompt(source.call):
+                return []
+            place, anchor = encoding[0], source.before[encoding[0]]
+        known = set(source.parameters).union(*written[:place])
+        return [self.insert_before(module, anchor, _call(known), blank=True)]
 
     def expected(self, module: ParsedModule, facts: PipelineContext) -> tuple[int, int]:
         """One place; it may be missing where `__call__` has no loop."""
@@ -77,4 +87,14 @@ def _call(known: set[str]) -> str:
 def _encodes_prompt(part: Statement) -> bool:
     return any(
         dotted(node.func) == "self.encode_prompt" for node in find(part, cst.Call)
+    )
+
+
+def _takes_one_prompt(call: cst.FunctionDef) -> bool:
+    """Whether the hint of the prompt is a string alone."""
+    return any(
+        param.name.value == "prompt"
+        and param.annotation is not None
+        and dotted(param.annotation.annotation) == "str"
+        for param in find(call.params, cst.Param)
     )
