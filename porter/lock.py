@@ -1,6 +1,6 @@
 """`porter.lock`: what each port was made from, what it holds and what is proven.
 
-The file is JSON with sorted keys. For each port, under `ports.<name>`:
+The file is JSON with sorted keys, except below `facts`. For each port, under `ports.<name>`:
 
 - `class`: the upstream class as `module:Class`; `generated`: file and class to load;
 - `diffusers`, `porter`: versions;
@@ -85,7 +85,14 @@ class Lock:
         data: dict[str, Any] = {"version": _VERSION, "ports": self.ports}
         if self.refused:
             data["refused"] = self.refused
-        return json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        return json.dumps(_sorted(data), indent=2, ensure_ascii=False) + "\n"
+
+
+def _sorted(value: Any) -> Any:
+    """The value with sorted keys, but for facts: the generated code follows their order."""
+    if not isinstance(value, Mapping):
+        return value
+    return {k: value[k] if k == "facts" else _sorted(value[k]) for k in sorted(value)}
 
 
 def read_lock(folder: Path) -> Lock:

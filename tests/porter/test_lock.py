@@ -55,6 +55,16 @@ def test_text_is_stable_and_read_back(tmp_path: Path) -> None:
     assert read_lock(tmp_path / "none").ports == {}
 
 
+def test_facts_keep_their_order(tmp_path: Path) -> None:
+    """The generated code follows it: facts that are read back give the same bytes."""
+    facts = {"values": {"z": 1, "a": {"y": 2, "b": 3}}}
+    lock = Lock({"P": {**ENTRY, "facts": facts}})
+    (tmp_path / "porter.lock").write_text(lock.text())
+    read = read_lock(tmp_path)
+    assert json.dumps(read.ports["P"]["facts"]) == json.dumps(facts)
+    assert read.text() == lock.text()
+
+
 @pytest.mark.parametrize("text", ["", "[]", json.dumps({"version": 99, "ports": {}})])
 def test_what_is_no_lock_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "porter.lock").write_text(text)
