@@ -116,12 +116,9 @@ def call_kwargs(
     number = sizes.index(size) if size in sizes else 0
     frames = own.get("num_frames") or frame_count(pipeline, number)
     duration = seconds(pipeline, math.prod(TOKEN_ROWS[number]))
-    texts = PROMPTS[text]
     one = takes_one_prompt(pipeline)
     batch_size = 1 if one else batch_size
-    prompts = [texts[i % len(texts)] for i in range(batch_size)]
-    if form := table.PROMPT_FORMS.get(class_name):
-        prompts = [form % json.dumps(prompt) for prompt in prompts]
+    prompts = _prompts(class_name, text, batch_size)
     wanted: dict[str, Any] = {
         **dict.fromkeys(("prompt", "task_prompt", "content_prompt"), prompts),
         "height": size[0],
@@ -162,6 +159,15 @@ def call_kwargs(
     if one:
         wanted |= {n: v[0] for n, v in wanted.items() if n in _PROMPT_NAMES}
     return {name: value for name, value in wanted.items() if name in names}
+
+
+def _prompts(class_name: str, text: int, batch_size: int) -> list[str]:
+    """Prompts of one set, in the form that a pipeline reads."""
+    texts = PROMPTS[text]
+    prompts = [texts[i % len(texts)] for i in range(batch_size)]
+    if form := table.PROMPT_FORMS.get(class_name):
+        prompts = [form % json.dumps(prompt) for prompt in prompts]
+    return prompts
 
 
 def _frames(
