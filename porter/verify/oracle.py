@@ -20,8 +20,9 @@ plain.
 Start.  Warm-up steps run whole and fill the caches.  With no warm-up, attention sees the
 rows filled so far alone.
 
-Body.  What the loop does to the latents after scheduler.step (an inpainting pipeline puts the
-known rows back) belongs to the pass: it counts for the rows of its patch, and for no others.
+Body.  What the loop does to the latents before and after scheduler.step (an inpainting
+pipeline puts the known rows back) belongs to the pass: it counts for the rows of its patch,
+and for no others.  The scheduler may step a slice of the latents that has all of their rows.
 
 Schedulers.  Each patch steps its rows by its own copy, made after the warm-up.  The noise
 of a step is drawn whole and alike by all patches.  What `step` returns besides the sample
@@ -97,7 +98,7 @@ class DisplacedPatches:
 
 @dataclass
 class _Latents:
-    """Rows as the last stage made them and as stage 0 sees them."""
+    """The loop's variable: its rows as the last stage made them and as stage 0 sees them."""
 
     newest: torch.Tensor
     seen: torch.Tensor
@@ -183,7 +184,9 @@ class _Simulation:
         times = list(timesteps)
         self._last_step = len(times) - 1
         # A loop that stands in another one runs several times, each time anew.
-        self._latents, self._copies, self._others = None, [], []
+        held = self._frame.latents()
+        self._latents = None if held is None else _Latents(held.clone(), held.clone())
+        self._copies, self._others = [], []
         self._keys.begin_loop()
         for step, t in enumerate(times):
             if step < self._plan.warmup_steps:
@@ -241,19 +244,18 @@ class _Simulation:
         if not self._in_pass:
             return step(*args, **kwargs)
         sample = inspect.signature(step).bind(*args, **kwargs).arguments["sample"]
-        self._take(sample)
+        self._count_step()
         result = step(*args, **kwargs)
         stepped = result[0]
-        latents = self._latents
         outputs = list(result[1:]) if isinstance(result, tuple) else []
-        if self._patch is None or latents is None:
+        if self._patch is None:
             self._others = outputs
             return result
         self._stepped = self._with_patch(
             self._stepped if self._patch else stepped, stepped, self._patch
         )
         # Where the step ends whole, the body goes on with what all patches stepped.
-        held = self._stepped if self._step_ends_whole() else latents.seen
+        held = self._stepped if self._step_ends_whole() else sample
         self._others = self._merged(outputs, sample.shape, self._patch)
         return _with_sample(
             result, self._with_patch(held, stepped, self._patch), self._others
@@ -266,9 +268,9 @@ class _Simulation:
             OracleRefusal: no variable of the loop holds the latents.
         """
         latents, held = self._latents, self._frame.latents()
-        if latents is None or not self._steps_in_pass:
+        if not self._steps_in_pass:
             return
-        if held is None or held.shape != latents.seen.shape:
+        if latents is None or held is None or held.shape != latents.seen.shape:
             raise OracleRefusal(
                 "no variable of the loop holds the latents that scheduler.step takes, "
                 "expected one that is carried from step to step"
@@ -313,22 +315,15 @@ class _Simulation:
             for old, new in zip(before, others, strict=True)
         ]
 
-    def _take(self, sample: torch.Tensor) -> None:
-        """Accept the latents that the loop's body hands to the scheduler.
+    def _count_step(self) -> None:
+        """Accept a step of the loop's body.
 
         Raises:
-            OracleRefusal: the body steps twice, or changes the latents before it steps.
+            OracleRefusal: it is not the only one of the pass.
         """
         self._steps_in_pass += 1
         if self._steps_in_pass > 1:
             raise OracleRefusal("scheduler.step runs twice in a step, expected once")
-        if self._latents is None:
-            self._latents = _Latents(sample, sample)
-        elif not torch.equal(sample, self._latents.seen.to(sample.dtype)):
-            raise OracleRefusal(
-                "the loop changes the latents before scheduler.step, expected steps of "
-                "what the step before left"
-            )
 
     def _regions(self, sample: torch.Tensor) -> tuple[tuple[int, int], ...]:
         axis, regions = self._keys.rows.axis, self._keys.regions
