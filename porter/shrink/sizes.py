@@ -39,7 +39,7 @@ _REQUIRED = {"patch_size": 2, "in_channels": 4}
 """Parameters whose default None stands for a number that must be given."""
 
 _HEADS = re.compile(r"^(text_)?(num_|n_)(cross_)?(attention_)?heads$")
-_KV_HEADS = re.compile(r"^(text_)?(num_|n_)(key_value|kv)_heads$")
+_KV_HEADS = re.compile(r"^(text_)?(num_|n_)(key_value|kv)_(attention_)?heads$")
 _HEAD_DIM = re.compile(r"^attention_head_dim$")
 _AXES = re.compile(r"axes_dims?")
 _LOOP = re.compile(r"^(num_|n_)?(\w*_)?(layers|depth|blocks)$")
