@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from porter.errors import Refusal
-from porter.parsed import ParsedModule
+from porter.parsed import ParsedModule, syntax_tree
 
 FOLDERS = {
     "pipeline": "pipelines",
@@ -52,7 +52,7 @@ def output_path(kind: str, module: ParsedModule) -> str:
 @functools.cache
 def bindings(module: ParsedModule) -> Mapping[str, Binding]:
     """Every global name that the module binds."""
-    body = ast.parse(module.text).body
+    body = syntax_tree(module.text).body
     always = _bound_always(body)
     found = {name: Binding("", name in always) for name in _bound(body)}
     for statement in body:

@@ -208,10 +208,16 @@ class ParsedModule:
         return found
 
 
+@lru_cache(maxsize=16)
+def syntax_tree(text: str) -> ast.Module:
+    """A whole file in the form of the standard library, to be read and not changed."""
+    return ast.parse(text)
+
+
 def _blanked(text: str, only: str) -> str:
     """The text with other top-level definitions replaced by empty lines."""
     lines = text.splitlines(keepends=True)
-    for node in ast.parse(text).body:
+    for node in syntax_tree(text).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name != only:
             first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
             for number in range(first - 1, node.end_lineno or first):

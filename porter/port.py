@@ -122,7 +122,12 @@ def _one(held: Rewritten, unit: Rewritten) -> Rewritten:
     if held.facts is None or unit.facts is None or held.facts == unit.facts:
         return held
     owner = held.upstream
-    return _transformer(owner, merged(held.facts, unit.facts, owner.class_name))
+    facts = merged(held.facts, unit.facts, owner.class_name)
+    for done in (held, unit):
+        # Equality of mappings is blind to their order, and the text follows it.
+        if repr(facts) == repr(done.facts):
+            return done
+    return _transformer(owner, facts)
 
 
 def lock_entry(port: Port, outputs: Mapping[str, str]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from porter import __version__
 from porter.analysis.facts import TransformerFacts
 from porter.errors import PorterError, Refusal
 from porter.names import Binding, bindings, free_names, local_names, wrapper_name
+from porter.parsed import syntax_tree
 from porter.rules.engine import Rewrite
 from porter.rules.format import format_statements
 from porter.source import LIBRARY, Upstream
@@ -217,7 +218,7 @@ def _has_future(text: str) -> bool:
         isinstance(node, ast.ImportFrom)
         and node.module == "__future__"
         and any(alias.name == "annotations" for alias in node.names)
-        for node in ast.parse(text).body
+        for node in syntax_tree(text).body
     )
 
 

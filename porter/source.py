@@ -9,15 +9,17 @@ import ast
 import difflib
 import hashlib
 import importlib.util
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from porter.errors import PorterError
-from porter.parsed import ParsedModule
+from porter.parsed import ParsedModule, syntax_tree
 
 LIBRARY = "diffusers"
+_CLASS = re.compile(rb"^class (\w+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def denoiser_parameters(node: ast.ClassDef) -> dict[str, str]:
 
 def class_node(upstream: Upstream) -> ast.ClassDef:
     """The class as an `ast` node."""
-    for node in ast.parse(upstream.module.text).body:
+    for node in syntax_tree(upstream.module.text).body:
         if isinstance(node, ast.ClassDef) and node.name == upstream.class_name:
             return node
     raise PorterError(f"no class {upstream.class_name}", where=upstream.module.file)
@@ -191,8 +193,7 @@ def symbol(module_name: str, name: str) -> tuple[str, str] | None:
         origin = None
         for node in _bound_in(_top_level(path)):
             if _defines(node, name):
-                text = path.read_text(encoding="utf-8")
-                return f"{module_name}.{name}", ast.get_source_segment(text, node) or ""
+                return f"{module_name}.{name}", _segment(_lines(path), node)
             if isinstance(node, ast.ImportFrom):
                 origin = _origin(node, module_name, path, name) or origin
         if origin is None:
@@ -282,8 +283,23 @@ def _module_name(path: Path) -> str:
 
 
 @cache
+def _lines(path: Path) -> list[bytes]:
+    # Columns of the syntax tree count bytes.
+    return path.read_text(encoding="utf-8").encode().split(b"\n")
+
+
+def _segment(lines: list[bytes], node: ast.stmt) -> str:
+    """The text of a statement; `ast.get_source_segment` splits the file at each call."""
+    last = node.end_lineno or node.lineno
+    found = lines[node.lineno - 1 : last]
+    found[-1] = found[-1][: node.end_col_offset]
+    found[0] = found[0][node.col_offset :]
+    return b"\n".join(found).decode()
+
+
+@cache
 def _top_level(path: Path) -> tuple[ast.stmt, ...]:
-    return tuple(ast.parse(path.read_text(encoding="utf-8")).body)
+    return tuple(syntax_tree(path.read_text(encoding="utf-8")).body)
 
 
 def _classes(path: Path) -> set[str]:
@@ -298,13 +314,18 @@ def _library_files() -> Iterator[Path]:
 
 
 @cache
+def _files_by_class() -> Mapping[str, list[Path]]:
+    """The files that define a class of each name at module level."""
+    found: dict[str, list[Path]] = {}
+    for path in _library_files():
+        for name in dict.fromkeys(_CLASS.findall(path.read_bytes())):
+            found.setdefault(name.decode(), []).append(path)
+    return found
+
+
 def _find_class(name: str) -> Path:
-    wanted = f"class {name}".encode()
-    found = [
-        path
-        for path in _library_files()
-        if wanted in path.read_bytes() and name in _classes(path)
-    ]
+    # A line of a long string may look like a class.
+    found = [p for p in _files_by_class().get(name, []) if name in _classes(p)]
     if len(found) == 1:
         return found[0]
     if found:

@@ -16,7 +16,7 @@ import libcst as cst
 
 from porter.analysis.denoising import DenoisingLoop
 from porter.analysis.guider import guider_loop
-from porter.parsed import ParsedModule, dotted, find
+from porter.parsed import ParsedModule, dotted, find, syntax_tree
 from porter.scope import carried, names_in, one_line, read_first, reads, writes
 
 _DRAWS = ("randn_tensor", "torch.randn", "torch.randn_like", "torch.rand")
@@ -151,7 +151,7 @@ def _reducing_functions(module: ParsedModule) -> set[str]:
     """Functions of the file that compute a statistic over more than one dimension."""
     return {
         node.name
-        for node in ast.parse(module.text).body
+        for node in syntax_tree(module.text).body
         if isinstance(node, ast.FunctionDef)
         for inner in ast.walk(node)
         if isinstance(inner, ast.Call)

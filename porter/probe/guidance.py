@@ -15,16 +15,14 @@ from typing import Any
 import torch
 
 from porter.analysis.facts import ITEMS, Axes
-from porter.probe.capture import (
-    TransformerCall,
-    first_step_calls,
-)
+from porter.probe.capture import TransformerCall
 from porter.probe.halves import halves_agree
 from porter.probe.leaves import leaf_shapes
 from porter.source import is_transformer
 
 BATCHES = (1, 2, 3)
-KwargsOf = Callable[..., Mapping[str, Any]]
+CallsOf = Callable[..., tuple[TransformerCall, ...]]
+"""The calls of the first step, from `batch_size`, `guidance` and `text`."""
 #: Calls of one step by batch size.
 _Calls = dict[int, tuple[TransformerCall, ...]]
 #: Values of one argument, one a batch size, with guidance and without.
@@ -41,13 +39,13 @@ class Guidance:
 
 
 def measure_guidance(
-    pipeline: Any, kwargs_of: KwargsOf, batches: Sequence[int] = BATCHES
+    pipeline: Any, calls_of: CallsOf, batches: Sequence[int] = BATCHES
 ) -> Guidance:
     """The style of guidance of the transformers' calls and, for a batched call, the doubled axes.
 
     Args:
         pipeline: the shrunken stock pipeline.
-        kwargs_of: makes call arguments from `batch_size` and `guidance`.
+        calls_of: runs the first step.
         batches: what `batch_size` to ask for, 1 first.
 
     Returns:
@@ -62,8 +60,8 @@ def measure_guidance(
     off: _Calls = {}
     for batch in batches:
         try:
-            guided = _calls(pipeline, kwargs_of, batch, True)
-            off[batch] = _calls(pipeline, kwargs_of, batch, False)
+            guided = calls_of(batch_size=batch, guidance=True)
+            off[batch] = calls_of(batch_size=batch, guidance=False)
         except (RuntimeError, ValueError, TypeError, IndexError):
             # Stock itself fails at this batch size.
             continue
@@ -88,7 +86,7 @@ def measure_guidance(
     if any(on[b][-1].stepped_rows == 2 * b for b in on):
         return Guidance("carried", axes)
     if ITEMS in axes.values():
-        longer = {b: _calls(pipeline, kwargs_of, b, True, text=1) for b in on}
+        longer = {b: calls_of(batch_size=b, guidance=True, text=1) for b in on}
         if not _halves_agree(pipeline, axes, on, longer):
             return Guidance("padded", axes, {n: a for n, a in helper_axes.items() if a})
     elif not _halves_agree(pipeline, axes, {max(on): on[max(on)]}):
@@ -162,13 +160,6 @@ def _makes_two_calls(
 
 def _counted(calls: Sequence[TransformerCall]) -> Counter[str]:
     return Counter(call.component for call in calls)
-
-
-def _calls(
-    pipeline: Any, kwargs_of: KwargsOf, batch: int, guidance: bool, **more: Any
-) -> tuple[TransformerCall, ...]:
-    kwargs = kwargs_of(batch_size=batch, guidance=guidance, **more)
-    return first_step_calls(pipeline, kwargs)
 
 
 class _Doubling:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import textwrap
 import types
@@ -57,8 +58,13 @@ def instrumented_forward(
         text = text[: at - start] + line + text[at - start :]
     namespace = dict(vars(importlib.import_module(module.name)))
     namespace |= {_BEFORE: probes.before, _INSIDE: probes.inside, _SWAP: probes.swap}
-    exec(compile(textwrap.dedent(text), module.file, "exec"), namespace)
+    exec(_compiled(text, module.file), namespace)
     return types.MethodType(namespace[forward.name.value], model)
+
+
+@functools.lru_cache(maxsize=32)
+def _compiled(text: str, file: str) -> types.CodeType:
+    return compile(textwrap.dedent(text), file, "exec")
 
 
 def _lines(

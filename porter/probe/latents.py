@@ -6,6 +6,7 @@ a stream differs from the plain run exactly where the changed latents reach it d
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,7 @@ class LatentProbe:
             ("", None),
         )
         self._seen: dict[tuple[Part, ...], Streams] = {}
+        self._reports: int | None = None
 
     @property
     def extent(self) -> int:
@@ -254,22 +256,40 @@ class LatentProbe:
         return self._seen[parts]
 
     def _run(self, arguments: Mapping[str, Any]) -> Streams:
+        """The streams of one run; of the first one, how often loops begin in it.
+
+        Later runs end with the last of these: what comes after it is not looked at.
+        """
         seen: Streams = {}
+        reports = 0
         known = {loop.blocks: {*loop.carried, *loop.reads} for loop in self._loops}
 
         def report(blocks: str, names: dict[str, Any]) -> None:
+            nonlocal reports
+            reports += 1
             seen[blocks] = {
                 f"{name}.{path}" if path else name: leaf.clone()
                 for name in known[blocks] & set(names)
                 for path, leaf in tensor_leaves(names[name])
             }
+            if reports == self._reports:
+                raise _AllSeen
 
         function = instrumented_forward(
             self._source, self._forward, self._loops, self._model, Probes(report)
         )
-        with torch.no_grad(), replaced_attention(_zeros):
+        with (
+            torch.no_grad(),
+            replaced_attention(_zeros),
+            contextlib.suppress(_AllSeen),
+        ):
             function(**copied(arguments))
+            self._reports = reports
         return seen
+
+
+class _AllSeen(Exception):
+    """Ends a run whose last loop has begun."""
 
 
 def _moved(latents: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:

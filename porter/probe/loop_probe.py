@@ -305,7 +305,7 @@ class LoopProbe:
         self, sharded: Mapping[str, tuple[str, ...]], origins: KeyOrigins
     ) -> dict[str, tuple[str, ...]]:
         """Streams of the queries where they are not those of the keys."""
-        shown = {path for path in origins.queries if _starred(path) in sharded}
+        shown = [path for path in origins.queries if _starred(path) in sharded]
         rows = {
             path: origins.queries[path]
             for path in shown

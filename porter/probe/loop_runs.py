@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,14 +49,14 @@ def run_loops(
 
     def before(blocks: str, names: dict[str, Any]) -> None:
         run, loop = seen.setdefault(blocks, LoopRun()), by_blocks[blocks]
-        for name in {*loop.reads, *loop.carried} & set(names):
+        for name in _bound((*loop.reads, *loop.carried), names):
             run.shapes[name] = leaf_shapes(names[name])
             if type(names[name]) is int:
                 run.integers[name] = names[name]
 
     def inside(blocks: str, names: dict[str, Any]) -> None:
         run, loop = seen[blocks], by_blocks[blocks]
-        for name in {*loop.carried, *loop.filled, *loop.later} & set(names):
+        for name in _bound((*loop.carried, *loop.filled, *loop.later), names):
             shapes = leaf_shapes(names[name])
             if name not in loop.filled or len(shapes) >= len(run.inside.get(name, {})):
                 run.inside[name] = shapes
@@ -67,6 +67,11 @@ def run_loops(
     with torch.no_grad():
         function(**copied(call.arguments))
     return seen
+
+
+def _bound(wanted: Iterable[str], names: Mapping[str, Any]) -> list[str]:
+    """Those of `wanted` that are bound, each once and in order: facts follow it."""
+    return [name for name in dict.fromkeys(wanted) if name in names]
 
 
 def run_swapped(

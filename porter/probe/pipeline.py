@@ -13,14 +13,15 @@ from porter.analysis.facts import PipelineFacts, TransformerFacts
 from porter.errors import Refusal
 from porter.parsed import ParsedModule
 from porter.probe.call_processors import with_call_processors
-from porter.probe.capture import TransformerCall, called_each_step, first_step_calls
+from porter.probe.capture import TransformerCall, called_each_step
+from porter.probe.first_steps import FirstSteps
 from porter.probe.guidance import BATCHES, Guidance, measure_guidance
 from porter.probe.helpers import models_on_latents
 from porter.probe.loop_probe import BATCHED
 from porter.probe.stages import unfit_for_stages
 from porter.probe.stock import upstream_runs
 from porter.probe.transformer import probe_transformer
-from porter.shrink import call_kwargs, image_sizes, make_checkpoint, takes_one_prompt
+from porter.shrink import call_kwargs, make_checkpoint, takes_one_prompt
 from porter.source import is_transformer
 
 VARIANTS = ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1))
@@ -42,15 +43,17 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
         make_checkpoint(pipeline_class, folder)
         pipeline = pipeline_class.from_pretrained(folder)  # type: ignore[attr-defined]
     pipeline.set_progress_bar_config(disable=True)
+    steps = FirstSteps(pipeline)
     with upstream_runs(pipeline_class):
-        guidance, runs = _measured_runs(pipeline)
-        batched = _batched_runs(pipeline)
+        guidance, runs = _measured_runs(pipeline, steps)
+        batched = _batched_runs(steps)
         called = _called_each_step(pipeline, runs[0])
         kwargs_of = functools.partial(call_kwargs, pipeline, num_inference_steps=2)
         helpers = models_on_latents(pipeline, kwargs_of, called)
     transformers = {
         name: _transformer_facts(
             pipeline,
+            steps,
             name,
             parsed_of(type(getattr(pipeline, name))),
             [calls[name] for calls in runs],
@@ -83,6 +86,7 @@ def _called_each_step(pipeline: Any, calls: Iterable[str]) -> tuple[str, ...]:
 
 def _transformer_facts(
     pipeline: Any,
+    steps: FirstSteps,
     name: str,
     source: ParsedModule,
     calls: list[TransformerCall],
@@ -100,9 +104,8 @@ def _transformer_facts(
         return TransformerFacts((), {}, (), (), whole=f"{where}: {refusal.found}")
 
     def measure(guidance: bool, more: Mapping[str, Any]) -> TransformerFacts:
-        sizes = image_sizes(pipeline)
         found = [
-            _first_calls(pipeline, sizes[size], text, rows, guidance, more)[name]
+            _by_component(steps.calls(size, text, rows, guidance, more))[name]
             for rows, pairs in ((1, VARIANTS), (2, BATCHED))
             for size, text in pairs
         ]
@@ -113,23 +116,21 @@ def _transformer_facts(
 
 
 def _measured_runs(
-    pipeline: Any,
+    pipeline: Any, steps: FirstSteps
 ) -> tuple[Guidance, list[dict[str, TransformerCall]]]:
     """How guidance reaches the transformers, and the first calls of each variant."""
-    sizes = image_sizes(pipeline)
-    kwargs_of = functools.partial(
-        call_kwargs,
-        pipeline,
-        height=sizes[0][0],
-        width=sizes[0][1],
-        num_inference_steps=2,
-    )
+
+    def calls_of(
+        *, batch_size: int, guidance: bool, text: int = 0
+    ) -> tuple[TransformerCall, ...]:
+        return steps.calls(0, text, batch_size, guidance)
+
     batches = BATCHES[:1] if takes_one_prompt(pipeline) else BATCHES
-    guidance = measure_guidance(pipeline, kwargs_of, batches)
+    guidance = measure_guidance(pipeline, calls_of, batches)
     runs = []
     for size, text in VARIANTS:
         with _own_size(pipeline, size):
-            runs.append(_first_calls(pipeline, sizes[size], text))
+            runs.append(_by_component(steps.calls(size, text)))
     return guidance, runs
 
 
@@ -150,45 +151,21 @@ def _own_size(pipeline: Any, number: int) -> Iterator[None]:
         model.register_to_config(sample_size=own)
 
 
-def _batched_runs(pipeline: Any) -> list[dict[str, TransformerCall]]:
+def _batched_runs(steps: FirstSteps) -> list[dict[str, TransformerCall]]:
     """The first calls with two prompts of different lengths.
 
     Only these have padding masks in models that make a mask where it masks something.
     None where stock takes one prompt alone.
     """
-    sizes = image_sizes(pipeline)
     try:
-        return [_first_calls(pipeline, sizes[size], text, 2) for size, text in BATCHED]
+        return [_by_component(steps.calls(size, text, 2)) for size, text in BATCHED]
     except (RuntimeError, ValueError, TypeError, IndexError):
         return []
 
 
-def _first_calls(
-    pipeline: Any,
-    size: tuple[int, int],
-    text: int,
-    batch_size: int = 1,
-    guidance: bool = True,
-    more: Mapping[str, Any] | None = None,
-) -> dict[str, TransformerCall]:
-    """The first call of each component at one image size, text length and batch size.
-
-    Args:
-        pipeline: the shrunken stock pipeline.
-        size, text, batch_size, guidance: see `call_kwargs`.
-        more: further arguments.
-    """
-    kwargs = call_kwargs(
-        pipeline,
-        height=size[0],
-        width=size[1],
-        text=text,
-        batch_size=batch_size,
-        guidance=guidance,
-        num_inference_steps=2,
-    )
-    kwargs |= more or {}
+def _by_component(calls: Iterable[TransformerCall]) -> dict[str, TransformerCall]:
+    """The first call of each component."""
     found: dict[str, TransformerCall] = {}
-    for call in first_step_calls(pipeline, kwargs):
+    for call in calls:
         found.setdefault(call.component, call)
     return found

@@ -11,7 +11,10 @@ Shapes: query (B, H, Sq, D), value (B, H, Sk, D).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,6 +30,28 @@ Origin = tuple[Leaf, int]
 Rows = tuple[Origin, ...] | None
 """Origins of all rows of a value; None where they are unclear."""
 Swap = Callable[[str, Any], Any]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Some numbers of a leaf.
+
+    Attributes:
+        shape: of the leaf.
+        places: of these numbers in the flattened leaf, ascending.
+    """
+
+    shape: tuple[int, ...]
+    places: torch.Tensor
+
+    def indices(self, dim: int) -> list[int]:
+        """Rows along `dim` that hold any of them."""
+        after = math.prod(self.shape[dim + 1 :])
+        rows = self.places.div(after, rounding_mode="floor") % self.shape[dim]
+        found: list[int] = rows.unique().tolist()
+        return found
+
+
 #: Owners of numbers that no row depends on, and of those that several do.
 _NONE, _ALL = -(1 << 40), -(1 << 41)
 
@@ -173,7 +198,7 @@ class KeyOrigins:
                 (leaf, index)
                 for leaf, reached in touched
                 if leaf in self._axes
-                for index in _indices(reached, self._axes[leaf])
+                for index in reached.indices(self._axes[leaf])
             ]
             origins = [o for o in origins if o[0][0] in self._carried] or origins
             if len(origins) > 1:
@@ -193,7 +218,7 @@ class KeyOrigins:
 
     def _touched_by_rows(
         self, value: torch.Tensor, rows: Sequence[int]
-    ) -> list[list[tuple[Leaf, torch.Tensor]]]:
+    ) -> list[list[tuple[Leaf, Numbers]]]:
         """For each row of `value` the leaves that it depends on, and which numbers of each.
 
         Rows are told apart by the binary digits of their places, a few gradients for all
@@ -202,15 +227,19 @@ class KeyOrigins:
         """
         owners = self._owners(value, rows)
         if owners is None:
-            return [list(self._touched(value, [row])) for row in rows]
-        return [
-            [
-                (leaf, mine)
-                for leaf, owner in owners.items()
-                if (mine := (owner == place) | (owner == _ALL)).any()
+            return [
+                [
+                    (leaf, Numbers(tuple(mine.shape), mine.flatten().nonzero()[:, 0]))
+                    for leaf, mine in self._touched(value, [row])
+                ]
+                for row in rows
             ]
-            for place in range(len(rows))
-        ]
+        found: list[list[tuple[Leaf, Numbers]]] = [[] for _ in rows]
+        for leaf, owner in owners.items():
+            for place, numbers in enumerate(_by_owner(owner, len(rows))):
+                if len(numbers.places):
+                    found[place].append((leaf, numbers))
+        return found
 
     def _owners(
         self, value: torch.Tensor, rows: Sequence[int]
@@ -227,7 +256,7 @@ class KeyOrigins:
             for place, row in enumerate(rows):
                 sets[place >> digit & 1].append(row)
             zero, one = (dict(self._touched(value, each)) for each in sets)
-            for leaf in {*zero, *one}:
+            for leaf in (*zero, *(leaf for leaf in one if leaf not in zero)):
                 nothing = torch.zeros_like(self._leaves[leaf], dtype=torch.bool)
                 of_zero, of_one = zero.get(leaf, nothing), one.get(leaf, nothing)
                 reached = of_zero | of_one
@@ -265,9 +294,7 @@ class KeyOrigins:
             if gradient is not None and gradient.any():
                 yield leaf, gradient != 0
 
-    def _fixed_origins(
-        self, rows: list[list[tuple[Leaf, torch.Tensor]]]
-    ) -> list[Origin]:
+    def _fixed_origins(self, rows: list[list[tuple[Leaf, Numbers]]]) -> list[Origin]:
         """Origins of rows in a leaf whose length never changes.
 
         Its token dimension is the one along which the rows depend on one index each, 0, 1,
@@ -277,8 +304,8 @@ class KeyOrigins:
         found = [
             (leaf, dim)
             for leaf, reached in (rows[0] if len(rows) > 1 else ())
-            for dim in range(reached.ndim)
-            if [_indices(g, dim) for row in rows for other, g in row if other == leaf]
+            for dim in range(len(reached.shape))
+            if [g.indices(dim) for row in rows for other, g in row if other == leaf]
             == order
         ]
         if len(found) != 1:
@@ -292,11 +319,17 @@ class _BlockDone(Exception):
     """Ends the run once the block has been watched."""
 
 
-def _indices(touched: torch.Tensor, dim: int) -> list[int]:
-    """Rows along `dim` in which anything is true."""
-    others = [d for d in range(touched.ndim) if d != dim]
-    rows: list[int] = touched.long().sum(dim=others).nonzero().flatten().tolist()
-    return rows
+def _by_owner(owner: torch.Tensor, count: int) -> Iterator[Numbers]:
+    """The numbers of each of `count` owners, those of `_ALL` for every one."""
+    shape = tuple(owner.shape)
+    if owner.flatten()[0] == _ALL:
+        everything = Numbers(shape, torch.arange(owner.numel()))
+        yield from (everything for _ in range(count))
+        return
+    owners, order = owner.flatten().sort(stable=True)
+    borders = torch.searchsorted(owners, torch.arange(count + 1)).tolist()
+    for start, stop in pairwise(borders):
+        yield Numbers(shape, order[start:stop])
 
 
 def _join(path: str, key: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import enum
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -158,6 +159,7 @@ def _guarded_modules() -> list[ModuleType]:
     ]
 
 
+@functools.cache
 def _guarded_imports(module: ModuleType) -> list[ast.stmt]:
     return [
         statement

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from porter.probe.capture import TransformerCall, first_step_calls
 from porter.probe.guidance import Guidance, measure_guidance
 from porter.shrink.kwargs import _guides_at_one
 
@@ -96,34 +97,45 @@ class Pipeline:
     ],
 )
 def test_styles(style: str, expected: Guidance) -> None:
-    def kwargs_of(*, batch_size: int, guidance: bool, text: int = 0) -> dict[str, Any]:
-        length = 0 if style == "short lists" else text
-        return {"batch": batch_size, "guided": guidance, "text": length}
+    def text_of(text: int) -> int:
+        return 0 if style == "short lists" else text
 
-    assert measure_guidance(Pipeline(style), kwargs_of) == expected
+    pipeline = Pipeline(style)
+
+    def calls_of(
+        *, batch_size: int, guidance: bool, text: int = 0
+    ) -> tuple[TransformerCall, ...]:
+        kwargs = {"batch": batch_size, "guided": guidance, "text": text_of(text)}
+        return first_step_calls(pipeline, kwargs)
+
+    assert measure_guidance(pipeline, calls_of) == expected
 
 
 def test_a_pipeline_of_one_prompt_is_asked_for_one() -> None:
-    def kwargs_of(*, batch_size: int, guidance: bool) -> dict[str, Any]:
-        return {"batch": 1, "guided": guidance}
+    pipeline = Pipeline("one call")
+
+    def calls_of(*, batch_size: int, guidance: bool) -> tuple[TransformerCall, ...]:
+        return first_step_calls(pipeline, {"batch": 1, "guided": guidance})
 
     expected = Guidance("batched", {"x": 0, "scale.of": 1})
-    assert measure_guidance(Pipeline("one call"), kwargs_of) == Guidance("none")
-    assert measure_guidance(Pipeline("one call"), kwargs_of, (1,)) == expected
+    assert measure_guidance(pipeline, calls_of) == Guidance("none")
+    assert measure_guidance(pipeline, calls_of, (1,)) == expected
 
 
 def test_a_step_alike_with_guidance_has_one_branch() -> None:
-    def kwargs_of(*, batch_size: int, guidance: bool) -> dict[str, Any]:
-        return {"batch": batch_size, "guided": False}
+    pipeline = Pipeline("one call")
 
-    assert measure_guidance(Pipeline("one call"), kwargs_of) == Guidance("single")
+    def calls_of(*, batch_size: int, guidance: bool) -> tuple[TransformerCall, ...]:
+        return first_step_calls(pipeline, {"batch": batch_size, "guided": False})
+
+    assert measure_guidance(pipeline, calls_of) == Guidance("single")
 
 
 def test_stock_that_fails_tells_nothing() -> None:
-    def kwargs_of(*, batch_size: int, guidance: bool) -> dict[str, Any]:
+    def calls_of(*, batch_size: int, guidance: bool) -> tuple[TransformerCall, ...]:
         raise ValueError("no such prompt")
 
-    assert measure_guidance(Pipeline("one call"), kwargs_of) == Guidance("none")
+    assert measure_guidance(Pipeline("one call"), calls_of) == Guidance("none")
 
 
 @pytest.mark.parametrize(("bound", "expected"), [(0, True), (1, False)])

@@ -11,6 +11,7 @@ from torch import nn
 from porter.errors import Refusal
 from porter.parsed import ParsedModule
 from porter.probe import pipeline
+from porter.probe.first_steps import FirstSteps
 
 SOURCE = ParsedModule("toy", "toy.py", "class Toy:\n    pass\n")
 
@@ -33,7 +34,9 @@ def test_the_reason_stands_in_the_facts(
         raise Refusal("a loop", expected="another", where=where)
 
     monkeypatch.setattr(pipeline, "probe_transformer", refuse)
-    found = pipeline._transformer_facts(_HOLDER, "transformer", SOURCE, [], [])
+    found = pipeline._transformer_facts(
+        _HOLDER, FirstSteps(_HOLDER), "transformer", SOURCE, [], []
+    )
     assert (found.loops, found.processors, found.whole) == ((), (), reason)
 
 
@@ -41,4 +44,6 @@ def test_a_fault_of_porter_is_no_reason(monkeypatch: pytest.MonkeyPatch) -> None
     broken = SimpleNamespace(args=1)
     monkeypatch.setattr(pipeline, "probe_transformer", broken)
     with pytest.raises(TypeError):
-        pipeline._transformer_facts(_HOLDER, "transformer", SOURCE, [], [])
+        pipeline._transformer_facts(
+            _HOLDER, FirstSteps(_HOLDER), "transformer", SOURCE, [], []
+        )
