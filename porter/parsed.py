@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import libcst as cst
 from libcst.metadata import (
@@ -21,6 +21,14 @@ from porter.errors import PorterError
 
 Node = TypeVar("Node", bound=cst.CSTNode)
 Statement = cst.SimpleStatementLine | cst.BaseCompoundStatement
+
+
+class _Positions(PositionProvider):
+    """`MetadataWrapper.resolve` goes through the tree once more, for visitors it has not."""
+
+    def of(self, wrapper: MetadataWrapper) -> Mapping[cst.CSTNode, CodeRange]:
+        """Where each node stands."""
+        return cast("Mapping[cst.CSTNode, CodeRange]", self._gen(wrapper))
 
 
 class ParsedModule:
@@ -72,7 +80,7 @@ class ParsedModule:
 
     @cached_property
     def _ranges(self) -> Mapping[cst.CSTNode, CodeRange]:
-        return self._wrapper.resolve(PositionProvider)
+        return _Positions().of(self._wrapper)
 
     @cached_property
     def _parents(self) -> Mapping[cst.CSTNode, cst.CSTNode]:

@@ -14,11 +14,12 @@ from porter.analysis.facts import LoopFacts, TransformerFacts
 from porter.errors import Refusal
 from porter.names import qualified_name
 from porter.parsed import ParsedModule
-from porter.probe.capture import TransformerCall
+from porter.probe.capture import TransformerCall, copied
 from porter.probe.latents import LatentProbe
 from porter.probe.loop_probe import LoopProbe, Variant
 from porter.probe.loop_runs import run_loops, run_swapped
 from porter.probe.mixing import MixingProbe, mixing_facts
+from porter.probe.neighbours import OF_TOKENS, mixing_neighbour
 from porter.probe.provenance import KeyOrigins, Leaf
 from porter.probe.rank_run import Remedies
 
@@ -54,6 +55,7 @@ def probe_transformer(
     queries: dict[str, tuple[str, ...]] = {}
     processors: dict[str, None] = {}
     mixing: list[tuple[str, Remedies, dict[str, str]]] = []
+    refused: dict[str, str] = {}
     tokens = [LatentProbe(model, source, forward, loops, call) for call in calls]
     for loop in loops:
         seen = [run[loop.blocks] for run in runs if loop.blocks in run]
@@ -68,6 +70,15 @@ def probe_transformer(
             samples = [(calls[0], measured.lengths(seen[0]))]
             samples += [(batched[0], measured.lengths(run)) for run in padded[:1]]
             integers = [run.integers for run in seen]
+            neighbour = mixing_neighbour(
+                model,
+                loop,
+                measured.lengths(seen[0]),
+                functools.partial(model.forward, **copied(calls[0].arguments)),
+            )
+            if neighbour:
+                reason = f"{source.where(loop.node)}: {neighbour} beside the blocks mixes tokens"
+                refused |= dict.fromkeys(OF_TOKENS, reason)
             for blocks in (loop.blocks, *loop.companions):
                 probe = MixingProbe(model, source, forward, loop, blocks)
                 keys = measured.keys if blocks == loop.blocks else {}
@@ -93,6 +104,7 @@ def probe_transformer(
         )
     lists = {name for loop in loops for name in (loop.blocks, *loop.companions)}
     found = mixing_facts(mixing, source.where(forward))
+    found = replace(found, refused={**found.refused, **refused})
     for path in found.summing:
         attention.setdefault(path, ())
     return TransformerFacts(
