@@ -43,16 +43,28 @@ class _FirstStepDone(Exception):
 
 
 def first_step_calls(
-    pipeline: Any, kwargs: Mapping[str, Any]
+    pipeline: Any, kwargs: Mapping[str, Any], until: Collection[str] = ()
 ) -> tuple[TransformerCall, ...]:
-    """The calls of all denoising transformers before the first scheduler step."""
+    """The calls of all denoising models before the first scheduler step.
+
+    Args:
+        pipeline: the shrunken stock pipeline.
+        kwargs: of the call.
+        until: where one call of each of these components is enough, their names.
+    """
     calls: list[TransformerCall] = []
     rows: int | None = None
     handles = []
+
+    def enough(*_: Any) -> None:
+        if until and {call.component for call in calls} >= set(until):
+            raise _FirstStepDone(None)
+
     for name, module in denoisers(pipeline).items():
         handles.append(
             module.register_forward_pre_hook(_recorder(name, calls), with_kwargs=True)
         )
+        handles.append(module.register_forward_pre_hook(enough))
     try:
         with torch.no_grad(), _stop_at_step(pipeline.scheduler):
             pipeline(**kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ class FirstSteps:
 
     def __init__(self, pipeline: Any) -> None:
         self._pipeline = pipeline
-        self._calls: dict[Any, tuple[TransformerCall, ...]] = {}
+        self._calls: dict[tuple[Any, ...], tuple[TransformerCall, ...]] = {}
         self._encoded: dict[Any, Any] = {}
 
     def calls(
@@ -46,7 +46,40 @@ class FirstSteps:
             text, batch_size, guidance: see `call_kwargs`.
             more: further arguments.
         """
-        key = (size, text, batch_size, guidance, repr(more))
+        return self._made(size, text, batch_size, guidance, more)
+
+    def first_calls(
+        self,
+        size: int,
+        text: int,
+        batch_size: int = 1,
+        guidance: bool = True,
+        more: Mapping[str, Any] | None = None,
+    ) -> dict[str, TransformerCall]:
+        """The first call of each model; arguments as of `calls`.
+
+        The models are known from the first of all calls: a run ends when it has called
+        each of them once, and most of what they compute is never computed.
+        """
+        known = {call.component for call in self.calls(0, 0, 1, guidance)}
+        calls = self._made(size, text, batch_size, guidance, more, known)
+        found: dict[str, TransformerCall] = {}
+        for call in calls:
+            found.setdefault(call.component, call)
+        return found
+
+    def _made(
+        self,
+        size: int,
+        text: int,
+        batch_size: int,
+        guidance: bool,
+        more: Mapping[str, Any] | None,
+        until: Collection[str] = (),
+    ) -> tuple[TransformerCall, ...]:
+        key: tuple[Any, ...] = (size, text, batch_size, guidance, repr(more))
+        if until and key not in self._calls:
+            key = (*key, True)
         if key not in self._calls:
             height, width = image_sizes(self._pipeline)[size]
             kwargs = call_kwargs(
@@ -59,7 +92,9 @@ class FirstSteps:
                 num_inference_steps=2,
             )
             with self._encoding_once():
-                calls = first_step_calls(self._pipeline, kwargs | dict(more or {}))
+                calls = first_step_calls(
+                    self._pipeline, kwargs | dict(more or {}), until
+                )
             self._calls[key] = calls
         return self._calls[key]
 

@@ -105,7 +105,7 @@ def _transformer_facts(
 
     def measure(guidance: bool, more: Mapping[str, Any]) -> TransformerFacts:
         found = [
-            _by_component(steps.calls(size, text, rows, guidance, more))[name]
+            steps.first_calls(size, text, rows, guidance, more)[name]
             for rows, pairs in ((1, VARIANTS), (2, BATCHED))
             for size, text in pairs
         ]
@@ -130,7 +130,7 @@ def _measured_runs(
     runs = []
     for size, text in VARIANTS:
         with _own_size(pipeline, size):
-            runs.append(_by_component(steps.calls(size, text)))
+            runs.append(steps.first_calls(size, text))
     return guidance, runs
 
 
@@ -158,14 +158,6 @@ def _batched_runs(steps: FirstSteps) -> list[dict[str, TransformerCall]]:
     None where stock takes one prompt alone.
     """
     try:
-        return [_by_component(steps.calls(size, text, 2)) for size, text in BATCHED]
+        return [steps.first_calls(size, text, 2) for size, text in BATCHED]
     except (RuntimeError, ValueError, TypeError, IndexError):
         return []
-
-
-def _by_component(calls: Iterable[TransformerCall]) -> dict[str, TransformerCall]:
-    """The first call of each component."""
-    found: dict[str, TransformerCall] = {}
-    for call in calls:
-        found.setdefault(call.component, call)
-    return found

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,15 @@ def selects_tokens(module: nn.Module | None) -> bool:
     call = inspect.getattr_static(processor, "__call__", None)
     code = getattr(call, "__code__", None)
     return code is not None and _PICKS in code.co_names
+
+
+def present_tokens(
+    block: nn.Module, running: Callable[[], nn.Module | None]
+) -> AbstractContextManager[Any]:
+    """`PresentTokens` where a module of the block picks tokens: it sees every call of torch."""
+    if any(map(selects_tokens, block.modules())):
+        return PresentTokens(running)
+    return nullcontext()
 
 
 class PresentTokens(TorchFunctionMode):  # type: ignore[misc]

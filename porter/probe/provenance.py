@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from porter.probe.present_tokens import PresentTokens
+from porter.probe.present_tokens import present_tokens
 from porter.verify.hooks import AttentionCall, replaced_attention
 
 Leaf = tuple[str, str]
@@ -105,7 +105,7 @@ class KeyOrigins:
                 torch.autograd.graph.allow_mutation_on_saved_tensors(),
                 torch.no_grad(),
                 replaced_attention(self._attend),
-                PresentTokens(self._module),
+                present_tokens(self._block, self._module),
             ):
                 model(self._swap)
         except _BlockDone:

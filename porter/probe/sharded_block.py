@@ -22,7 +22,7 @@ from torch import nn
 from porter.analysis.mixing import TokenCut
 from porter.probe.cuts import Shard
 from porter.probe.leaves import tensor_leaves
-from porter.probe.present_tokens import PresentTokens
+from porter.probe.present_tokens import present_tokens
 from porter.verify.hooks import AttentionCall, replaced_attention
 
 #: Of attention modules: brings a mask to the number of keys.
@@ -106,7 +106,7 @@ class BlockRunner:
             self._hooked(),
             torch.no_grad(),
             replaced_attention(self._attention),
-            PresentTokens(self._module),
+            present_tokens(self._block, self._module),
         ):
             try:
                 output = self._block(*bound.args, **bound.kwargs)

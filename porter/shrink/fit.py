@@ -33,6 +33,14 @@ class _Mismatch(Exception):
         self.layer, self.built, self.fed = layer, built, fed
 
 
+class _Passed(Exception):
+    """The backbone took what it was fed."""
+
+
+def _passed(*_: Any) -> None:
+    raise _Passed
+
+
 def fit_widths(pipeline: Any, components: Components) -> None:
     """Rebuild ``pipeline.transformer`` until a short run passes its input layers.
 
@@ -71,10 +79,13 @@ def _first_failure(pipeline: Any) -> Exception | None:
         for name, module in pipeline.transformer.named_modules()
         if isinstance(module, nn.Linear | _Convolution) or _is_norm(module)
     ]
+    handles.append(pipeline.transformer.register_forward_hook(_passed))
     disabled = pipeline.__dict__.get("_progress_bar_config")
     pipeline.set_progress_bar_config(disable=True)
     try:
         pipeline(**call_kwargs(pipeline, num_inference_steps=2))
+    except _Passed:
+        return None
     except Exception as failure:  # sorted by kind in fit_widths
         return failure
     finally:
