@@ -29,6 +29,11 @@ MODES: Mapping[str, tuple[str, ...]] = {
     "stages": ("pp",),
     "PipeFusion": ("pipefusion",),
 }
+_PACKAGES = {
+    "pipeline": [rule() for rule in pipeline.RULES],
+    "transformer": [rule() for rule in transformer.RULES],
+    "attention": [rule() for rule in attention.RULES],
+}
 PROVEN, UNVERIFIED, REFUSED = STATES = ("proven", "not verified", "refused")
 
 
@@ -71,6 +76,7 @@ class Coverage:
         task: the task that it is limited to, or "".
         rows: in alphabetical order.
         rules: kind of class to rule id to the classes of these ports that it changes.
+        reasons: rule id to the reason that the rule gives for having one user alone.
         changed_lines: kind of class to class to the lines that differ from upstream's.
     """
 
@@ -78,6 +84,7 @@ class Coverage:
     task: str
     rows: tuple[Row, ...]
     rules: Mapping[str, Mapping[str, tuple[str, ...]]]
+    reasons: Mapping[str, str]
     changed_lines: Mapping[str, Mapping[str, int]]
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -117,7 +124,12 @@ def survey(folder: Path, task: str | None = None) -> Coverage:
     rows = [Row(n, tasks[n], n in lock.ports, _cells(lock, n)) for n in names]
     entries = [lock.ports[name] for name in names if name in lock.ports]
     return Coverage(
-        library_version(), task or "", tuple(rows), _rules(entries), _lines(entries)
+        library_version(),
+        task or "",
+        tuple(rows),
+        _rules(entries),
+        {rule.id: rule.reason for rules in _PACKAGES.values() for rule in rules},
+        _lines(entries),
     )
 
 
@@ -176,17 +188,9 @@ def _rules(
     for kind, reference, entry in _classes(entries):
         for rule in entry["rules"][reference]:
             users[kind, rule].add(reference.partition(":")[2])
-    packages = {
-        "pipeline": pipeline,
-        "transformer": transformer,
-        "attention": attention,
-    }
     return {
-        kind: {
-            rule.id: tuple(sorted(users[kind, rule.id]))
-            for rule in (each() for each in package.RULES)
-        }
-        for kind, package in packages.items()
+        kind: {rule.id: tuple(sorted(users[kind, rule.id])) for rule in rules}
+        for kind, rules in _PACKAGES.items()
     }
 
 

@@ -103,7 +103,9 @@ def _refusals(row: Row) -> Iterator[tuple[str, str]]:
 def _rules(coverage: Coverage) -> Iterator[str]:
     for kind, rules in coverage.rules.items():
         for rule, users in rules.items():
-            only = f" ({users[0]})" if len(users) == 1 else ""
+            only = ""
+            if len(users) == 1:
+                only = f" ({users[0]}: {coverage.reasons[rule] or 'no reason given'})"
             yield f"{kind} {rule}: {len(users)}{only}"
 
 

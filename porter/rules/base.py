@@ -105,6 +105,8 @@ class Rule(ABC, Generic[Facts]):
 
     manual: ClassVar[str]
     summary: ClassVar[str]
+    #: Why the construct has a rule though one class of the library alone needs it.
+    reason: ClassVar[str] = ""
     imports: ClassVar[tuple[Import, ...]] = ()
     expect: ClassVar[tuple[int, int]] = (1, 1)
 

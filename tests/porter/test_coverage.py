@@ -124,6 +124,19 @@ def test_refused_pipelines_keep_their_reason_for_this_version_only(
     assert set(states(survey(folder), name).values()) == {UNVERIFIED}
 
 
+def test_a_rule_with_one_user_says_why_it_is_there() -> None:
+    found = survey(Path(__file__).parents[2] / "generated")
+    alone = [
+        rule
+        for rules in found.rules.values()
+        for rule, users in rules.items()
+        if len(users) == 1
+    ]
+    assert alone
+    assert [rule for rule in alone if not found.reasons[rule]] == []
+    assert "no reason given" not in plain_text(found)
+
+
 def test_counts_rules_and_sizes_are_of_this_lock(folder: Path) -> None:
     change(folder, lambda lock: lock.with_proofs(ALPHA, {"dp": {}}))
     found = survey(folder)

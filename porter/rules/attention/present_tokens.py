@@ -28,6 +28,10 @@ class PresentTokens(Rule[Processor]):
 
     manual = "4"
     summary = "tokens that a mask leaves out stay, their mask goes with the keys"
+    reason = (
+        "ranks would pick different numbers of tokens; masks of keys are what the "
+        "runtime has, and a processor that picks is recognised by measurement"
+    )
 
     def expected(self, module: ParsedModule, facts: Processor) -> tuple[int, int]:
         """One match where tokens are picked."""

@@ -23,6 +23,10 @@ class SoftmaxScale(Rule[Processor]):
 
     manual = "4"
     summary = "a softmax scale counts the tokens of all ranks"
+    reason = (
+        "without it the scale is silently another on each rank, and the class has no "
+        "other obstacle to split tokens"
+    )
 
     def expected(self, module: ParsedModule, facts: Processor) -> tuple[int, int]:
         """At least one match where the scale was measured to count tokens."""

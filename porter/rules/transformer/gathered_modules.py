@@ -23,6 +23,10 @@ class GatheredModules(Rule[Forward]):
 
     manual = "2.1"
     summary = "says which modules run on the tokens of all ranks"
+    reason = (
+        "the probe finds such modules in any block, by running halves: routing of "
+        "experts by choice is the first that nothing cheaper serves"
+    )
     imports = (
         ("xfuser_runtime.layers", "GatheredModule"),
         ("xfuser_runtime.layers", "TokenCut"),
