@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -63,10 +63,7 @@ class FirstSteps:
         """
         known = {call.component for call in self.calls(0, 0, 1, guidance)}
         calls = self._made(size, text, batch_size, guidance, more, known)
-        found: dict[str, TransformerCall] = {}
-        for call in calls:
-            found.setdefault(call.component, call)
-        return found
+        return first_of_each(calls)
 
     def _made(
         self,
@@ -132,6 +129,14 @@ class FirstSteps:
             return copy.deepcopy(self._encoded[key])
 
         return encoded
+
+
+def first_of_each(calls: Iterable[TransformerCall]) -> dict[str, TransformerCall]:
+    """The first call of each component."""
+    found: dict[str, TransformerCall] = {}
+    for call in calls:
+        found.setdefault(call.component, call)
+    return found
 
 
 def _content(value: Any) -> Any:

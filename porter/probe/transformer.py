@@ -22,6 +22,7 @@ from porter.probe.mixing import MixingProbe, mixing_facts
 from porter.probe.neighbours import OF_TOKENS, mixing_neighbour
 from porter.probe.provenance import KeyOrigins, Leaf
 from porter.probe.rank_run import Remedies
+from porter.probe.stock import upstream_runs
 
 
 def probe_transformer(
@@ -48,8 +49,11 @@ def probe_transformer(
     owner = source.class_def(type(model).__name__)
     forward = find_method(source, owner, "forward")
     loops = find_block_loops(source, forward)
-    runs = [run_loops(model, source, forward, loops, call) for call in calls]
-    batched_runs = [run_loops(model, source, forward, loops, call) for call in batched]
+    with upstream_runs(type(model)):
+        runs = [run_loops(model, source, forward, loops, call) for call in calls]
+        batched_runs = [
+            run_loops(model, source, forward, loops, call) for call in batched
+        ]
     facts: list[LoopFacts] = []
     attention: dict[str, tuple[str, ...]] = {}
     queries: dict[str, tuple[str, ...]] = {}
