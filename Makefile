@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE := 1
 help:
 	@echo "make demo           one port from command to picture, on two processes of this machine"
 	@echo "make test           the whole suite"
-	@echo "make scope          every text-to-image pipeline in one mode"
+	@echo "make scope          every pipeline ported and imported, text to image run in one mode"
 	@echo "make coverage       port and prove every pipeline; write docs/coverage.md"
 	@echo "make lint           ruff, black, mypy, porter check"
 	@echo "make format         let ruff and black rewrite what they can"
@@ -57,8 +57,8 @@ test: install
 	@$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 scope: install
-	@echo "==> Every text-to-image pipeline: a port that passes one mode, or a refusal"
-	@PORTER_SCOPE=1 $(BIN)/pytest tests/scope/test_text_to_image.py
+	@echo "==> Every pipeline: a port that imports, or a refusal; text to image passes one mode"
+	@PORTER_SCOPE=1 $(BIN)/pytest tests/scope/test_every_pipeline.py
 
 # Starts where an earlier run stopped: what is proven stays so while its sources do.
 coverage: install

@@ -19,9 +19,7 @@ Under `refused.<name>`, where a run over all pipelines refused some: `reason` an
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import importlib.util
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -30,6 +28,7 @@ from typing import Any
 
 from porter.errors import PorterError
 from porter.source import library_version, sha256
+from xfuser_runtime.proofs import runtime_sha256
 
 LOCK_NAME = "porter.lock"
 _VERSION = 1
@@ -129,22 +128,6 @@ def proof_key(entry: Mapping[str, Any]) -> dict[str, str]:
         "runtime": runtime_sha256(),
         "torch": ".".join(torch.split(".")[:2]),
     }
-
-
-def runtime_sha256() -> str:
-    """SHA-256 over the paths and texts of the runtime's source, found but not imported.
-
-    `xfuser_runtime.proofs.runtime_sha256` makes the same value; a test compares them.
-    """
-    spec = importlib.util.find_spec("xfuser_runtime")
-    if spec is None or not spec.submodule_search_locations:
-        raise PorterError("no package xfuser_runtime", todo="install the project")
-    root = Path(next(iter(spec.submodule_search_locations)))
-    digest = hashlib.sha256()
-    for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
-        digest.update(path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def stale_reason(entry: Mapping[str, Any]) -> str:

@@ -19,6 +19,9 @@ from xfuser_runtime.errors import NotSupportedError
 
 #: Kinds of splitting in the order in which a proof's name multiplies them.
 KINDS = ("dp", "cfg", "pp", "pipefusion", "ring", "ulysses")
+#: What no run of a port computes with: the command line, the judgement of proofs and the ranks
+#: of a verification.  A proof outlives their changes.
+_NOT_COMPUTING = ("run.py", "proofs.py", "replay/")
 
 
 class UnprovenWarning(UserWarning):
@@ -114,12 +117,18 @@ def used_kinds(engine_config: EngineConfig) -> tuple[str, ...]:
 
 @cache
 def runtime_sha256() -> str:
-    """SHA-256 over the paths and texts of the runtime's own source."""
-    root = Path(__file__).parent
+    """`source_sha256` of the runtime itself."""
+    return source_sha256(Path(__file__).parent)
+
+
+def source_sha256(root: Path) -> str:
+    """SHA-256 over the paths and texts of the source below `root` that computes a run."""
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
-        digest.update(path.relative_to(root).as_posix().encode() + b"\0")
-        digest.update(path.read_bytes() + b"\0")
+        name = path.relative_to(root).as_posix()
+        if not name.startswith(_NOT_COMPUTING):
+            digest.update(name.encode() + b"\0")
+            digest.update(path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

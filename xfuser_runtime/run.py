@@ -38,20 +38,20 @@ Run a port that `porter add-model` made, on one process or on all ranks of torch
 The picture is saved by the last rank of each data-parallel replica."""
 
 _EXAMPLES = """\
-examples:
+examples (NAME is a pipeline of diffusers):
   one process, through the port:
-    python -m xfuser_runtime.run PixArtAlphaPipeline --model DIR --prompt "a red fox"
+    python -m xfuser_runtime.run NAME --model DIR --prompt "a red fox"
   two processes, one for each branch of classifier-free guidance:
-    torchrun --nproc_per_node=2 -m xfuser_runtime.run PixArtAlphaPipeline \\
+    torchrun --nproc_per_node=2 -m xfuser_runtime.run NAME \\
         --model DIR --prompt "a red fox" --use_cfg_parallel
   four, guidance branches times two shards of the sequence:
-    torchrun --nproc_per_node=4 -m xfuser_runtime.run PixArtAlphaPipeline \\
+    torchrun --nproc_per_node=4 -m xfuser_runtime.run NAME \\
         --model DIR --prompt "a red fox" --use_cfg_parallel --ulysses_degree 2
   two stages with PipeFusion:
-    torchrun --nproc_per_node=2 -m xfuser_runtime.run PixArtAlphaPipeline \\
+    torchrun --nproc_per_node=2 -m xfuser_runtime.run NAME \\
         --model DIR --prompt "a red fox" --pipefusion_parallel_degree 2
   diffusers' own class, and how far another picture is from its:
-    python -m xfuser_runtime.run PixArtAlphaPipeline --stock \\
+    python -m xfuser_runtime.run NAME --stock \\
         --model DIR --prompt "a red fox" --output stock.png
     torchrun ... --output fox.png --reference stock.png
 

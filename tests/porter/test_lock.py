@@ -10,7 +10,7 @@ import pytest
 
 from porter import lock as module
 from porter.errors import DriftError, PorterError
-from porter.lock import Lock, read_lock, runtime_sha256
+from porter.lock import Lock, read_lock
 from porter.source import sha256
 from porter.write import check_not_edited, write_all
 
@@ -38,13 +38,6 @@ def test_a_proof_goes_with_the_runtimes_source(monkeypatch: pytest.MonkeyPatch) 
     old = proven()
     monkeypatch.setattr(module, "runtime_sha256", lambda: "other")
     assert old.with_port("P", ENTRY).ports["P"]["proofs"] is None
-
-
-def test_the_runtime_counts_its_own_hash_alike() -> None:
-    from xfuser_runtime import proofs
-
-    proofs.runtime_sha256.cache_clear()
-    assert runtime_sha256() == proofs.runtime_sha256()
 
 
 def test_text_is_stable_and_read_back(tmp_path: Path) -> None:

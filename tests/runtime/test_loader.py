@@ -14,11 +14,9 @@ from typing import Any
 import pytest
 
 from porter.lock import proof_key
-from porter.lock import runtime_sha256 as runtime_sha256_by_porter
 from xfuser_runtime.args import xFuserArgs
 from xfuser_runtime.errors import InputError, NotSupportedError
 from xfuser_runtime.loader import load_pipeline_class, load_upstream_class
-from xfuser_runtime.proofs import runtime_sha256
 
 CFG = xFuserArgs(use_cfg_parallel=True).create_config(2)[0]
 RING = xFuserArgs(ring_degree=2).create_config(2)[0]
@@ -82,10 +80,6 @@ def test_a_proof_of_anything_else_is_none(part: str, tmp_path: Path) -> None:
     cls = load_pipeline_class("Toy", generated=write_lock(tmp_path, {"Toy": entry}))
     with pytest.raises(NotSupportedError, match=rf"\({part} changed since\)"):
         cls.check_proven(CFG)
-
-
-def test_porter_and_the_runtime_hash_the_same_source() -> None:
-    assert runtime_sha256() == runtime_sha256_by_porter()
 
 
 def test_a_port_without_proofs_says_so(tmp_path: Path) -> None:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import xfuser_runtime
 from xfuser_runtime.args import xFuserArgs
 from xfuser_runtime.config import EngineConfig
 from xfuser_runtime.errors import NotSupportedError
-from xfuser_runtime.proofs import Proofs, needed_proofs, runtime_sha256
+from xfuser_runtime.proofs import (
+    Proofs,
+    needed_proofs,
+    runtime_sha256,
+    source_sha256,
+)
 
 PAIRS = ("cfg x ulysses", "cfg x ring", "ring x ulysses")
 PROVEN = frozenset({"dp", "cfg", "ring", "ulysses", "pp", *PAIRS})
@@ -95,5 +103,26 @@ def test_allow_unproven_warns_on_every_run() -> None:
             Proofs("P", frozenset()).check_proven(config)
 
 
-def test_runtime_hash_is_of_its_source() -> None:
-    assert len(runtime_sha256()) == 64
+@pytest.mark.parametrize(
+    ("path", "counts"),
+    [
+        ("attention/ring.py", True),
+        ("loader.py", True),
+        ("run.py", False),
+        ("proofs.py", False),
+        ("replay/faults.py", False),
+    ],
+)
+def test_proofs_depend_on_the_source_that_computes(
+    path: str, counts: bool, tmp_path: Path
+) -> None:
+    source = tmp_path / path
+    source.parent.mkdir(exist_ok=True)
+    source.write_text("one")
+    before = source_sha256(tmp_path)
+    source.write_text("two")
+    assert (source_sha256(tmp_path) != before) is counts
+
+
+def test_the_runtimes_hash_is_of_its_own_source() -> None:
+    assert runtime_sha256() == source_sha256(Path(xfuser_runtime.__file__).parent)
