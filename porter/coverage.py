@@ -43,7 +43,8 @@ class Cell:
 
     Attributes:
         state: one of `STATES`.
-        reason: why it is not proven, with file:line where a construct prevents it.
+        reason: why it is not proven: file:line where a construct prevents it, or what its
+            verification found wrong.
     """
 
     state: str
@@ -147,16 +148,19 @@ def _cells(lock: Lock, name: str) -> dict[str, Cell]:
         key = proof_key(entry)
         changed = [part for part in key if proofs["key"].get(part) != key[part]]
         stale = f"{' and '.join(changed)} changed since" if changed else ""
-    return {m: _cell(entry, proofs["modes"], stale, m) for m in MODES}
+    return {m: _cell(entry, proofs, stale, m) for m in MODES}
 
 
 def _cell(
-    entry: Mapping[str, Any], proven: Iterable[str], stale: str, mode: str
+    entry: Mapping[str, Any], proofs: Mapping[str, Any], stale: str, mode: str
 ) -> Cell:
     refused: Mapping[str, str] = entry["refused_modes"]
     if reasons := [refused[kind] for kind in MODES[mode] if kind in refused]:
         return Cell(REFUSED, reasons[0])
-    missing = [kind for kind in MODES[mode] if kind not in proven]
+    missing = [kind for kind in MODES[mode] if kind not in proofs["modes"]]
+    refuted: Mapping[str, str] = {} if stale else proofs.get("refuted", {})
+    if wrong := [refuted[kind] for kind in missing if kind in refuted]:
+        return Cell(REFUSED, f"porter verify: {wrong[0]}")
     if stale or missing:
         return Cell(UNVERIFIED, stale or f"no proof of {missing[0]}")
     return Cell(PROVEN)

@@ -11,7 +11,8 @@ The file is JSON with sorted keys, except below `facts`. For each port, under `p
 - `refused_modes`: mode to the reason why the port lacks it;
 - `override`: the subclass passed with `--with`, or null;
 - `changed_lines`: for each rewritten class, how many lines differ from upstream's;
-- `proofs`: `key` (see `proof_key`) and `modes`, or null.
+- `proofs`: null, or `key` (see `proof_key`), `modes` with what was measured, and `refuted`:
+  mode to what verification found wrong.
 
 Under `refused.<name>`, where a run over all pipelines refused some: `reason` and the
 `diffusers` that it was found in.
@@ -21,7 +22,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -63,13 +64,30 @@ class Lock:
         entry = {"diffusers": library_version(), "reason": reason}
         return replace(self, refused={**self.refused, name: entry})
 
-    def with_proofs(self, name: str, modes: Mapping[str, Any]) -> Lock:
-        """A lock that also holds these proven modes, each with what was measured."""
+    def with_proofs(
+        self,
+        name: str,
+        modes: Mapping[str, Any],
+        refuted: Mapping[str, str] | None = None,
+    ) -> Lock:
+        """A lock that also holds what a verification of this port found.
+
+        Args:
+            name: of the port.
+            modes: proven modes, each with what was measured.
+            refuted: modes that are not proven to what was wrong.
+        """
+        refuted = refuted or {}
         entry = self.ports[name]
         key = proof_key(entry)
-        old = entry.get("proofs") or {"key": key, "modes": {}}
-        kept = old["modes"] if old["key"] == key else {}
-        proofs = {"key": key, "modes": {**kept, **modes}}
+        old = entry.get("proofs")
+        if not old or old["key"] != key:
+            old = {"modes": {}}
+        proofs = {
+            "key": key,
+            "modes": {**_except(old["modes"], refuted), **modes},
+            "refuted": {**_except(old.get("refuted", {}), modes), **refuted},
+        }
         return replace(self, ports={**self.ports, name: {**entry, "proofs": proofs}})
 
     def known_outputs(self) -> dict[str, str]:
@@ -85,6 +103,10 @@ class Lock:
         if self.refused:
             data["refused"] = self.refused
         return json.dumps(_sorted(data), indent=2, ensure_ascii=False) + "\n"
+
+
+def _except(found: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if name not in set(names)}
 
 
 def _sorted(value: Any) -> Any:

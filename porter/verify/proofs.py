@@ -9,8 +9,6 @@ that were verified must pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from porter.lock import Lock
@@ -26,16 +24,15 @@ def with_verification(lock: Lock, name: str, verification: Verification) -> Lock
         verification: of some or all of its modes; proofs of other modes stay while the
             port and the runtime are the same.
     """
-    by_name = _by_name(verification)
-    kept = _without(lock, name, by_name)
-    return kept.with_proofs(
-        name,
-        {
-            proof: _measured(verdicts)
-            for proof, verdicts in by_name.items()
-            if all(verdict.status == "proven" for verdict in verdicts)
-        },
-    )
+    proven: dict[str, Any] = {}
+    refuted: dict[str, str] = {}
+    for proof, verdicts in _by_name(verification).items():
+        wrong = [verdict for verdict in verdicts if verdict.status != "proven"]
+        if wrong:
+            refuted[proof] = f"{wrong[0].mode.name}: {wrong[0].explanation}"
+        else:
+            proven[proof] = _measured(verdicts)
+    return lock.with_proofs(name, proven, refuted)
 
 
 def _by_name(verification: Verification) -> dict[str, list[ModeVerdict]]:
@@ -43,17 +40,6 @@ def _by_name(verification: Verification) -> dict[str, list[ModeVerdict]]:
     for verdict in verification.verdicts:
         found.setdefault(verdict.mode.proof, []).append(verdict)
     return found
-
-
-def _without(lock: Lock, name: str, proofs: Mapping[str, Any]) -> Lock:
-    """The lock with none of these proofs: a new verdict replaces the old one."""
-    entry = lock.ports[name]
-    held = entry.get("proofs")
-    if not held:
-        return lock
-    modes = {key: value for key, value in held["modes"].items() if key not in proofs}
-    entry = {**entry, "proofs": {**held, "modes": modes}}
-    return replace(lock, ports={**lock.ports, name: entry})
 
 
 def _measured(verdicts: list[ModeVerdict]) -> dict[str, Any]:

@@ -91,6 +91,22 @@ def test_a_proof_of_something_else_counts_for_nothing(folder: Path, part: str) -
     assert row.cells["dp"].reason == f"{part} changed since"
 
 
+def test_what_verification_refuted_is_refused_until_something_changes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {proof: {} for proof in ALL if proof != "ring"}
+    wrong = {"ring": "ring2: error 1.0e-02 > gate 1.0e-05"}
+    change(folder, lambda lock: lock.with_proofs(ALPHA, given, wrong))
+    assert {m for m, s in states(survey(folder), ALPHA).items() if s == REFUSED} == {
+        "ring",
+        "hybrid",
+    }
+    row = next(row for row in survey(folder).rows if row.name == ALPHA)
+    assert row.cells["ring"].reason == f"porter verify: {wrong['ring']}"
+    monkeypatch.setattr("porter.lock.runtime_sha256", lambda: "another")
+    assert set(states(survey(folder), ALPHA).values()) == {UNVERIFIED}
+
+
 def test_a_lacking_mode_is_refused_whatever_is_proven(folder: Path) -> None:
     why = "x.py:7: a list grows in the loop"
 

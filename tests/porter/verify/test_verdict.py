@@ -112,10 +112,17 @@ def test_new_verdicts_replace_old_proofs() -> None:
     def proven(lock: Lock) -> set[str]:
         return set(lock.ports["Pipe"]["proofs"]["modes"])
 
+    def refuted(lock: Lock) -> dict[str, str]:
+        return dict(lock.ports["Pipe"]["proofs"]["refuted"])
+
     lock = after(lock, _verdict(), _verdict(Mode(cfg=2)))
     assert proven(lock) == {"ulysses", "cfg"}
     # Two modes stand for one name: both must pass.
     lock = after(lock, _verdict(), _verdict(Mode(ulysses=4), measurements=(BAD,)))
     assert proven(lock) == {"cfg"}
+    assert list(refuted(lock)) == ["ulysses"]
+    assert refuted(lock)["ulysses"].startswith("ulysses4: ")
     lock = after(lock, _verdict(Mode(cfg=2, ulysses=2)))
     assert proven(lock) == {"cfg", "cfg x ulysses"}
+    assert list(refuted(lock)) == ["ulysses"]
+    assert refuted(after(lock, _verdict())) == {}
