@@ -247,6 +247,8 @@ TOKEN_ROWS = {
     "QwenImageLayeredPipeline": ((5, 5), (8, 8), (7, 9)),
     # Multiples of a token after the body's scaling to 1024 x 1024 pixels.
     "HiDreamImagePipeline": ((16, 16), (14, 18), (8, 32)),
+    # Halved twice, by the body.
+    "HeliosPyramidPipeline": ((4, 8), (8, 8), (4, 12)),
     # The body's own negative prompt has 362 tokens: pictures of more, so that a cut in two
     # goes through the picture.
     "OmniGenPipeline": ((20, 20), (19, 23), (18, 26)),

@@ -321,8 +321,13 @@ CALLS_OF: dict[str, dict[str, Any]] = {
         "action": "w-80",
         "intrinsics": [50.0, 50.0, 32.0, 32.0],
     },
-    # Two sections of a video.
+    # Two sections of a video, or more.
     "HunyuanVideoFramepackPipeline": {"latent_window_size": 3},
+    "HeliosPipeline": {"num_latent_frames_per_chunk": 3},
+    "HeliosPyramidPipeline": {
+        "num_latent_frames_per_chunk": 3,
+        "pyramid_num_inference_steps_list": [3, 3, 2],
+    },
     "LattePipeline": {"video_length": 5},
     # Any length makes as many tokens; this one is shorter than the model's.
     "StableAudioPipeline": {"audio_end_in_s": 2.0},
