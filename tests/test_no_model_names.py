@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from pathlib import Path
 
@@ -16,6 +17,7 @@ FOLDERS = ("porter/rules", "porter/analysis", "xfuser_runtime")
 KINDS = r"(Pipeline|Transformer|ControlNet|Model|[23]D|Img2Img|Inpaint|TextToImage|ImageToVideo).*"
 
 
+@functools.cache
 def model_names() -> set[str]:
     """The models of pipelines and transformers, for example `PixArtAlpha` and `PixArt`."""
     classes = {
