@@ -1,8 +1,8 @@
 """How guidance reaches the transformer: one doubled call, two calls, or none.
 
-Which axes are doubled is measured at batch sizes 1, 2 and 3 with guidance on and off: an
-axis counts as doubled only if it has 2B rows with guidance and B without at every B.  A
-list counts as doubled if it has 2B items with guidance and B without.
+Which axes are doubled is measured at batch sizes 1 and 2 with guidance on and off: an axis
+counts as doubled only if it has 2B rows with guidance and B without at both, and two points
+make a line.  A list counts as doubled if it has 2B items with guidance and B without.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from porter.probe.halves import halves_agree
 from porter.probe.leaves import leaf_shapes
 from porter.source import is_transformer
 
-BATCHES = (1, 2, 3)
+BATCHES = (1, 2)
 CallsOf = Callable[..., tuple[TransformerCall, ...]]
 """The calls of the first step, from `batch_size`, `guidance` and `text`."""
 #: Calls of one step by batch size.

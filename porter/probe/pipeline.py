@@ -14,7 +14,7 @@ from porter.errors import Refusal
 from porter.parsed import ParsedModule
 from porter.probe.call_processors import with_call_processors
 from porter.probe.capture import TransformerCall, called_each_step
-from porter.probe.first_steps import FirstSteps, first_of_each
+from porter.probe.first_steps import FirstSteps
 from porter.probe.guidance import BATCHES, Guidance, measure_guidance
 from porter.probe.helpers import models_on_latents
 from porter.probe.loop_probe import BATCHED
@@ -158,8 +158,9 @@ def _batched_runs(steps: FirstSteps) -> list[dict[str, TransformerCall]]:
     None where stock takes one prompt alone.
     """
     try:
-        # Whole steps: a model may fail on two prompts that its pipeline takes.
-        steps_made = [steps.calls(size, text, 2) for size, text in BATCHED]
+        # A model may fail on two prompts that its pipeline takes.
+        return [
+            steps.first_calls(size, text, 2, returned=True) for size, text in BATCHED
+        ]
     except (RuntimeError, ValueError, TypeError, IndexError):
         return []
-    return [first_of_each(calls) for calls in steps_made]
