@@ -178,7 +178,7 @@ def cuda_flash(call: KernelCall, need_lse: bool) -> Result:
 def cuda_cudnn(call: KernelCall, need_lse: bool) -> Result:
     """cuDNN's attention through torch."""
     query, key, value = call.heads_first_repeated()
-    mask = call.additive_mask()
+    mask = _bounded(call.additive_mask())
     out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
         query,
         key,
@@ -196,7 +196,7 @@ def cuda_cudnn(call: KernelCall, need_lse: bool) -> Result:
 def cuda_efficient(call: KernelCall, need_lse: bool) -> Result:
     """torch's memory-efficient attention on CUDA."""
     query, key, value = call.heads_first_repeated()
-    mask = call.additive_mask()
+    mask = _bounded(call.additive_mask())
     if mask is not None:
         mask = _aligned(mask).expand(*_scores_shape(call))
     out, lse = torch.ops.aten._scaled_dot_product_efficient_attention(
@@ -247,6 +247,19 @@ def sage(call: KernelCall, need_lse: bool) -> Result:
 def _scores_shape(call: KernelCall) -> tuple[int, int, int, int]:
     batch, rows, heads, _ = call.query.shape
     return batch, heads, rows, call.key.shape[1]
+
+
+def _bounded(mask: torch.Tensor | None) -> torch.Tensor | None:
+    """An additive mask whose finite entries stay finite in kernels that scale by log2(e).
+
+    Models mask with the smallest number of the type too. A row that is masked so in all keys
+    of one block has a log-sum-exp of about that number, and must not come out as one without
+    keys, of which kernels say what they like.
+    """
+    if mask is None:
+        return None
+    smallest = torch.finfo(mask.dtype).min / 2
+    return torch.where(mask.isinf(), mask, mask.clamp(min=smallest))
 
 
 def _aligned(mask: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,8 @@ class Problem:
         heads, key_heads, head_dim: of query and key.
         batch: samples.
         mask: none, key_bool, key_additive, key_per_head, key_dead (all keys of one sample
-            masked), expanded, square_bool, square_additive, square_per_head.
+            masked), expanded, square_bool, square_additive, square_per_head,
+            square_smallest (later keys masked with the smallest number, as upstream does).
         patches: patches of the layout; `image` is the segment that they cut.
     """
 
@@ -114,6 +115,10 @@ class Problem:
         noise = torch.rand(shape, generator=generator, dtype=torch.float64)
         if self.mask.endswith("additive"):
             return (3 * noise).masked_fill(noise < 0.2, float("-inf")).to(self.dtype)
+        if self.mask.endswith("smallest"):
+            smallest = torch.finfo(self.dtype).min
+            later = torch.full((rows, columns), smallest, dtype=self.dtype).triu(1)
+            return later.expand(self.batch, 1, rows, columns)
         kept = noise > 0.4
         if self.mask == "key_dead":
             kept[0] = False

@@ -45,7 +45,7 @@ BF16_GATE = 1e-2
 
 
 @pytest.mark.parametrize("name", backend_names())
-@pytest.mark.parametrize("mask", [None, "bool", "additive", "dead"])
+@pytest.mark.parametrize("mask", [None, "bool", "additive", "dead", "smallest"])
 @pytest.mark.parametrize("key_heads", [8, 2])
 def test_kernels(name: str, mask: str | None, key_heads: int) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -57,10 +57,9 @@ def test_kernels(name: str, mask: str | None, key_heads: int) -> None:
     if mask == "dead":
         kept[0] = False
     given = kept if mask in ("bool", "dead") else None
-    if mask == "additive":
-        given = torch.zeros_like(kept, dtype=torch.bfloat16).masked_fill(
-            ~kept, float("-inf")
-        )
+    if mask in ("additive", "smallest"):
+        least = torch.finfo(torch.bfloat16).min if mask == "smallest" else float("-inf")
+        given = torch.zeros_like(kept, dtype=torch.bfloat16).masked_fill(~kept, least)
     backend = _BACKENDS[name]
     call = KernelCall(query, key, value, given)
     reason = backend.reason_against(call, need_lse=backend.returns_lse)

@@ -62,6 +62,7 @@ PROBLEMS = {
     "square mask": Problem(mask="square_bool"),
     "square mask, additive": Problem(mask="square_additive", heads=3, key_heads=3),
     "square mask, per head": Problem(mask="square_per_head", heads=6, key_heads=6),
+    "square mask, whole blocks of the smallest number": Problem(mask="square_smallest"),
     "square mask, empty shards": Problem(
         segments=(("text", 1), ("image", 2)), mask="square_additive"
     ),
