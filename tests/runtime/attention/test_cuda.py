@@ -80,6 +80,26 @@ def test_kernels(name: str, mask: str | None, key_heads: int) -> None:
         assert (lse[finite] - expected_lse[finite]).abs().max() <= 5 * gate
 
 
+@pytest.mark.parametrize("name", backend_names())
+def test_rows_masked_with_the_smallest_number_have_keys(name: str) -> None:
+    """Of such a block's weight nothing is left in a merge; of none the kernels say 0."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, rows, 4, 64, generator=generator).cuda().bfloat16()
+        for rows in (40, 48, 48)
+    )
+    mask = torch.zeros(1, 1, 40, 48, dtype=torch.bfloat16, device="cuda")
+    mask[:, :, :10] = torch.finfo(torch.bfloat16).min
+    call = KernelCall(query, key, value, mask)
+    if reason := _BACKENDS[name].reason_against(call, need_lse=True):
+        pytest.skip(reason)
+    _, lse = run_kernel(call, name=name, need_lse=True)
+    assert lse is not None
+    masked, others = lse[..., :10], lse[..., 10:]
+    assert masked.isfinite().all() and (masked < -1e38).all()
+    assert (others.abs() < 100).all()
+
+
 def _on_gpus(rank: int, mode: tuple[int, int], dtype: torch.dtype, folder: str) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     init_distributed_environment(
