@@ -120,6 +120,9 @@ CORE = (
     Mode(pp=2),
     Mode(pp=2, patches=2),
 )
+#: The same, those that show most of a port first: replicas compute what one rank does, and
+#: guidance moves least of the model.
+TELLING = tuple(sorted(CORE, key=lambda mode: (mode.dp > 1, mode.cfg > 1)))
 _PIPEFUSION = (
     Mode(pp=2, patches=2),
     Mode(pp=2, patches=3),

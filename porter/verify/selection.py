@@ -10,7 +10,7 @@ from typing import Any
 from porter.errors import PorterError
 from porter.lock import proof_key
 from porter.verify.cases import PLAIN, SABOTAGED, Case
-from porter.verify.modes import CORE, Mode, all_modes
+from porter.verify.modes import CORE, TELLING, Mode, all_modes
 
 
 class Tier(enum.StrEnum):
@@ -76,18 +76,14 @@ class Selection:
                 )
         if self.missing:
             chosen = [mode for mode in chosen if not _is_proven(mode, entry)]
-        if not self.is_proof:
-            # Guidance moves least of the model: another way of splitting shows more.
-            chosen = sorted(chosen, key=lambda mode: "cfg" in mode.kinds)[:1]
-        return tuple(chosen)
+        return tuple(chosen if self.is_proof else chosen[:1])
 
     def _candidates(self) -> Sequence[Mode]:
         if self.modes is not None:
             return self.modes
         if self.tier is Tier.full:
             return all_modes()
-        # Replicas compute what one rank does: another way of splitting shows more.
-        return CORE if self.is_proof else [m for m in CORE if m.dp == 1]
+        return CORE if self.is_proof else [m for m in TELLING if m.dp == 1]
 
 
 def _is_proven(mode: Mode, entry: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ from porter.lock import read_lock
 from porter.source import pipeline_classes
 from porter.tasks import pipeline_tasks
 from porter.verify.cases import SABOTAGED
-from porter.verify.modes import CORE, Mode
+from porter.verify.modes import TELLING, Mode
 from porter.verify.verification import verify_pipeline
 from porter.workers import Outcome, in_processes
 from xfuser_runtime.loader import load_pipeline_class
@@ -78,14 +78,9 @@ def verified(planned: Plan, generated: Path) -> dict[str, Outcome[str]]:
 
 
 def proven_mode(name: str) -> Mode:
-    """The first mode that the repository's lock says is proven.
-
-    Replicas compute what one rank does, and guidance moves least of the model: another way
-    of splitting shows more.
-    """
+    """The most telling mode that the repository's lock says is proven."""
     proofs = read_lock(COMMITTED).ports[name]["proofs"]["modes"]
-    ways = sorted(CORE, key=lambda mode: (mode.dp > 1, "cfg" in mode.kinds))
-    return next(mode for mode in ways if mode.proof in proofs)
+    return next(mode for mode in TELLING if mode.proof in proofs)
 
 
 def test_most_are_ported_and_the_rest_is_refused_in_one_line(planned: Plan) -> None:
