@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,8 @@ class Lock:
         return json.dumps(_sorted(data), indent=2, ensure_ascii=False) + "\n"
 
 
-def _except(found: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    return {name: value for name, value in found.items() if name not in set(names)}
+def _except(found: Mapping[str, Any], names: Container[str]) -> dict[str, Any]:
+    return {name: value for name, value in found.items() if name not in names}
 
 
 def _sorted(value: Any) -> Any:

@@ -70,36 +70,21 @@ def probe_transformer(
         measured = LoopProbe(
             source, loop, seen, variants, tokens, padded, trace
         ).measure()
-        if measured is not None:
-            samples = [(calls[0], measured.lengths(seen[0]))]
-            samples += [(batched[0], measured.lengths(run)) for run in padded[:1]]
-            integers = [run.integers for run in seen]
-            neighbour = mixing_neighbour(
-                model,
-                loop,
-                measured.lengths(seen[0]),
-                functools.partial(model.forward, **copied(calls[0].arguments)),
-            )
-            if neighbour:
-                reason = f"{source.where(loop.node)}: {neighbour} beside the blocks mixes tokens"
-                refused |= dict.fromkeys(OF_TOKENS, reason)
-            for blocks in (loop.blocks, *loop.companions):
-                probe = MixingProbe(model, source, forward, loop, blocks)
-                keys = measured.keys if blocks == loop.blocks else {}
-                remedies, counts = probe.measure(
-                    measured.facts, keys, samples, integers
-                )
-                mixing.append((blocks, remedies, counts))
-            facts.append(
-                replace(
-                    measured.facts,
-                    classes=_classes(model, loop.blocks),
-                    companions={n: _classes(model, n) for n in loop.companions},
-                )
-            )
-            attention.update(measured.attention)
-            queries.update(measured.queries)
-            processors.update(dict.fromkeys(measured.processors))
+        if measured is None:
+            continue
+        samples = [(calls[0], measured.lengths(seen[0]))]
+        samples += [(batched[0], measured.lengths(run)) for run in padded[:1]]
+        integers = [run.integers for run in seen]
+        refused |= _refused_beside(model, source, loop, *samples[0])
+        for blocks in (loop.blocks, *loop.companions):
+            probe = MixingProbe(model, source, forward, loop, blocks)
+            keys = measured.keys if blocks == loop.blocks else {}
+            remedies, counts = probe.measure(measured.facts, keys, samples, integers)
+            mixing.append((blocks, remedies, counts))
+        facts.append(_with_classes(measured.facts, model, loop))
+        attention.update(measured.attention)
+        queries.update(measured.queries)
+        processors.update(dict.fromkeys(measured.processors))
     if not facts:
         raise Refusal(
             f"no loop over transformer blocks in {type(model).__name__}.forward",
@@ -121,6 +106,22 @@ def probe_transformer(
     )
 
 
+def _refused_beside(
+    model: nn.Module,
+    source: ParsedModule,
+    loop: BlockLoop,
+    call: TransformerCall,
+    lengths: Mapping[str, int],
+) -> dict[str, str]:
+    """The ways of splitting that a module beside the blocks prevents, with the reason."""
+    run = functools.partial(model.forward, **copied(call.arguments))
+    neighbour = mixing_neighbour(model, loop, lengths, run)
+    if not neighbour:
+        return {}
+    reason = f"{source.where(loop.node)}: {neighbour} beside the blocks mixes tokens"
+    return dict.fromkeys(OF_TOKENS, reason)
+
+
 def _traced(
     model: nn.Module,
     source: ParsedModule,
@@ -133,6 +134,15 @@ def _traced(
     """The origins of the keys of a loop's first block in one call of the model."""
     replay = functools.partial(run_swapped, model, source, forward, loop, call)
     return KeyOrigins(getattr(model, loop.blocks)[0], axes, carried).run(replay)
+
+
+def _with_classes(facts: LoopFacts, model: nn.Module, loop: BlockLoop) -> LoopFacts:
+    """The facts of a loop with the classes in its block lists."""
+    return replace(
+        facts,
+        classes=_classes(model, loop.blocks),
+        companions={name: _classes(model, name) for name in loop.companions},
+    )
 
 
 def _classes(model: nn.Module, blocks: str) -> tuple[str, ...]:
