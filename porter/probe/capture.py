@@ -43,11 +43,7 @@ class _FirstStepDone(Exception):
 
 
 def first_step_calls(
-    pipeline: Any,
-    kwargs: Mapping[str, Any],
-    until: Collection[str] = (),
-    *,
-    returned: bool = False,
+    pipeline: Any, kwargs: Mapping[str, Any], until: Collection[str] = ()
 ) -> tuple[TransformerCall, ...]:
     """The calls of all denoising models before the first scheduler step.
 
@@ -55,7 +51,6 @@ def first_step_calls(
         pipeline: the shrunken stock pipeline.
         kwargs: of the call.
         until: where one call of each of these components is enough, their names.
-        returned: whether the last of those calls must have returned.
     """
     calls: list[TransformerCall] = []
     rows: int | None = None
@@ -69,12 +64,7 @@ def first_step_calls(
         handles.append(
             module.register_forward_pre_hook(_recorder(name, calls), with_kwargs=True)
         )
-        end = (
-            module.register_forward_hook
-            if returned
-            else module.register_forward_pre_hook
-        )
-        handles.append(end(enough))
+        handles.append(module.register_forward_pre_hook(enough))
     try:
         with torch.no_grad(), _stop_at_step(pipeline.scheduler):
             pipeline(**kwargs)

@@ -55,19 +55,14 @@ class FirstSteps:
         batch_size: int = 1,
         guidance: bool = True,
         more: Mapping[str, Any] | None = None,
-        *,
-        returned: bool = False,
     ) -> dict[str, TransformerCall]:
         """The first call of each model; arguments as of `calls`.
 
         The models are known from the first of all calls: a run ends when it has called
-        each of them once, and most of what they compute is never computed. With
-        `returned` it ends after that call, which must not fail then.
+        each of them once, and most of what they compute is never computed.
         """
         known = {call.component for call in self.calls(0, 0, 1, guidance)}
-        calls = self._made(
-            size, text, batch_size, guidance, more, known, returned=returned
-        )
+        calls = self._made(size, text, batch_size, guidance, more, known)
         return first_of_each(calls)
 
     def _made(
@@ -78,12 +73,10 @@ class FirstSteps:
         guidance: bool,
         more: Mapping[str, Any] | None,
         until: Collection[str] = (),
-        *,
-        returned: bool = False,
     ) -> tuple[TransformerCall, ...]:
         key: tuple[Any, ...] = (size, text, batch_size, guidance, repr(more))
         if until and key not in self._calls:
-            key = (*key, returned)
+            key = (*key, True)
         if key not in self._calls:
             height, width = image_sizes(self._pipeline)[size]
             kwargs = call_kwargs(
@@ -97,10 +90,7 @@ class FirstSteps:
             )
             with self._encoding_once():
                 calls = first_step_calls(
-                    self._pipeline,
-                    kwargs | dict(more or {}),
-                    until,
-                    returned=returned,
+                    self._pipeline, kwargs | dict(more or {}), until
                 )
             self._calls[key] = calls
         return self._calls[key]

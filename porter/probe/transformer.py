@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import libcst as cst
+import torch
 from torch import nn
 
 from porter.analysis.block_loops import BlockLoop, find_block_loops, find_method
@@ -17,7 +18,7 @@ from porter.parsed import ParsedModule
 from porter.probe.capture import TransformerCall, copied
 from porter.probe.latents import LatentProbe
 from porter.probe.loop_probe import LoopProbe, Variant
-from porter.probe.loop_runs import run_loops, run_swapped
+from porter.probe.loop_runs import LoopRun, run_loops, run_swapped
 from porter.probe.mixing import MixingProbe, mixing_facts
 from porter.probe.neighbours import OF_TOKENS, mixing_neighbour
 from porter.probe.provenance import KeyOrigins, Leaf
@@ -50,10 +51,9 @@ def probe_transformer(
     forward = find_method(source, owner, "forward")
     loops = find_block_loops(source, forward)
     with upstream_runs(type(model)):
-        runs = [run_loops(model, source, forward, loops, call) for call in calls]
-        batched_runs = [
-            run_loops(model, source, forward, loops, call) for call in batched
-        ]
+        run_call = functools.partial(run_loops, model, source, forward, loops)
+        runs = [run_call(call) for call in calls]
+        batched_runs = _runs_of_batches(model, run_call, batched)
     facts: list[LoopFacts] = []
     attention: dict[str, tuple[str, ...]] = {}
     queries: dict[str, tuple[str, ...]] = {}
@@ -104,6 +104,27 @@ def probe_transformer(
         queries,
         found,
     )
+
+
+def _runs_of_batches(
+    model: nn.Module,
+    run: Callable[[TransformerCall], dict[str, LoopRun]],
+    calls: Sequence[TransformerCall],
+) -> list[dict[str, LoopRun]]:
+    """What the loops see in calls with two samples.
+
+    None where the model itself fails on such a call, which its pipeline takes.
+    """
+    try:
+        return [run(call) for call in calls]
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        try:
+            with torch.no_grad():
+                for call in calls:
+                    model(**copied(call.arguments))
+        except (RuntimeError, ValueError, TypeError, IndexError):
+            return []
+        raise
 
 
 def _refused_beside(
