@@ -31,6 +31,12 @@ def upstream_class(cls: type) -> type:
     return cls
 
 
+def upstream_class_of_instance(value: object) -> type:
+    """The upstream class of an object that may be wrapped already."""
+    cls = type(value)
+    return upstream_class(cls) if issubclass(cls, xFuserBaseWrapper) else cls
+
+
 def swap_class(obj: object, cls: type) -> None:
     """Set the real class of `obj`, past any `__class__` property and `__setattr__`."""
     object.__dict__["__class__"].__set__(obj, cls)

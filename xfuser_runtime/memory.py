@@ -13,6 +13,7 @@ from torch import nn
 
 from xfuser_runtime.distributed import get_pipeline_parallel_rank, get_world_group
 from xfuser_runtime.distributed.collectives import gather_objects
+from xfuser_runtime.pipelines.components import modules_of
 
 _MIB = 2**20
 
@@ -51,11 +52,7 @@ class RankMemory:
 
 def memory_of_all_ranks(pipeline: Any, device: torch.device) -> list[RankMemory]:
     """The memory of every rank, in rank order, on every rank; a collective call."""
-    modules = {
-        name: component
-        for name, component in pipeline.components.items()
-        if isinstance(component, nn.Module)
-    }
+    modules = modules_of(pipeline)
     group = get_world_group()
     resident = _resident(device)
     own = RankMemory(

@@ -20,6 +20,7 @@ from xfuser_runtime.attention.backends import check_backend_name
 from xfuser_runtime.base_wrapper import (
     swap_class,
     upstream_class,
+    upstream_class_of_instance,
     xFuserBaseWrapper,
 )
 from xfuser_runtime.config import EngineConfig
@@ -30,7 +31,11 @@ from xfuser_runtime.distributed.runtime_state import get_runtime_state
 from xfuser_runtime.errors import InputError
 from xfuser_runtime.layers.attention import reset_kv_caches
 from xfuser_runtime.pipelines import cfg, guiders
-from xfuser_runtime.pipelines.components import wrapped_transformers
+from xfuser_runtime.pipelines.components import (
+    modules_of,
+    parts_of,
+    wrapped_transformers,
+)
 from xfuser_runtime.pipelines.data_parallel import enable_data_parallel
 from xfuser_runtime.pipelines.denoising_loop import DenoisingLoop, Latents, Share
 from xfuser_runtime.pipelines.loading import own_components
@@ -87,11 +92,11 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
         check_backend_name(engine_config.runtime_config.attention_backend)
         prepare_environment(engine_config)
         swap_class(pipeline, cls)
-        for name, component in list(pipeline.components.items()):
-            if isinstance(component, nn.Module):
-                pipeline._wrap_module(component)
-            elif isinstance(component, SchedulerMixin):
-                setattr(pipeline, name, component)
+        for name, part in parts_of(pipeline).items():
+            if isinstance(part, nn.Module):
+                pipeline._wrap_module(part)
+            elif isinstance(part, SchedulerMixin):
+                setattr(pipeline, name, part)
         return pipeline
 
     @classmethod
@@ -315,9 +320,8 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
             reset_kv_caches(transformer)
 
     def _wrapped_transformers(self) -> Iterator[xFuserTransformerBaseWrapper]:
-        for component in self.components.values():  # type: ignore[attr-defined]
-            if isinstance(component, nn.Module):
-                yield from wrapped_transformers(component)
+        for module in modules_of(self).values():
+            yield from wrapped_transformers(module)
 
     def _watched(self, passes: Iterator[Any]) -> Iterator[Any]:
         """`passes`, with an eye on what a callback changes of the pipeline."""
@@ -383,9 +387,3 @@ def _check_entered(counter: int) -> None:
             "no transformer call of this step entered the port, expected at least one; "
             "wrap the pipeline after the transformer is compiled, hooked or replaced"
         )
-
-
-def upstream_class_of_instance(value: object) -> type:
-    """The upstream class of an object that may be wrapped already."""
-    cls = type(value)
-    return upstream_class(cls) if issubclass(cls, xFuserBaseWrapper) else cls

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from xfuser_runtime.loader import load_pipeline_class
+from xfuser_runtime.pipelines.components import modules_of
 from xfuser_runtime.replay.job import Job, Run, read_job
 from xfuser_runtime.replay.ranks import RunningRun, start_run
 from xfuser_runtime.transformers.register import xFuserTransformerWrappersRegister
@@ -70,11 +70,10 @@ def _fits(run: Run, alive: Sequence[RunningRun], max_ranks: int) -> bool:
 def _block_loops(stock: Any) -> dict[str, list[str]]:
     """The block lists that the ports of the pipeline's denoisers run as regions."""
     found = {}
-    for name, module in stock.components.items():
-        if isinstance(module, nn.Module):
-            wrapper = xFuserTransformerWrappersRegister.find(type(module))
-            if wrapper is not None:
-                found[name] = list(wrapper.block_loops)  # type: ignore[attr-defined]
+    for name, module in modules_of(stock).items():
+        wrapper = xFuserTransformerWrappersRegister.find(type(module))
+        if wrapper is not None:
+            found[name] = list(wrapper.block_loops)  # type: ignore[attr-defined]
     return found
 
 
