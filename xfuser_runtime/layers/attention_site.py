@@ -177,14 +177,6 @@ def _attend_operation(
 
 @_attend_operation.register_fake
 def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attn_mask: torch.Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    backend: str | None,
-    number: torch.Tensor,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *options: Any
 ) -> torch.Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))

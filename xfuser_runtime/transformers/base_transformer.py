@@ -21,7 +21,6 @@ from xfuser_runtime.base_wrapper import (
     xFuserBaseWrapper,
 )
 from xfuser_runtime.distributed import parallel_state
-from xfuser_runtime.distributed.collectives import P2PChannel
 from xfuser_runtime.distributed.layout import Segment, TokenLayout
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
 from xfuser_runtime.layers import (
@@ -34,7 +33,6 @@ from xfuser_runtime.layers import (
 from xfuser_runtime.layers.base import rebind_forward
 from xfuser_runtime.layers.processors import refuse_stages
 from xfuser_runtime.transformers.adapters import takes_own_weights
-from xfuser_runtime.transformers.graphs import CallReplayer
 from xfuser_runtime.transformers.kernels import prepare_kernels
 from xfuser_runtime.transformers.latent_tokens import (
     LatentTokens,
@@ -52,10 +50,10 @@ from xfuser_runtime.transformers.region import BlockRegion
 from xfuser_runtime.transformers.stages import (
     EmptyBlock,
     StageLinks,
-    StagePlan,
     drop_foreign_blocks,
     plan_stages,
 )
+from xfuser_runtime.transformers.wrapping import Wrapping
 
 
 class xFuserModelBaseWrapper(xFuserBaseWrapper, metaclass=EqualsUpstream):
@@ -143,7 +141,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             module, cls.block_loops, num_stages
         )
         swap_class(module, cls)
-        module.__dict__[cls._state_name] = _Wrapping(plan)
+        module.__dict__[cls._state_name] = Wrapping(plan)
         rebind_forward(module, original)
         module._wrap_submodules()
         if plan.num_stages > 1:
@@ -352,8 +350,8 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     @property
-    def _wrapping(self) -> _Wrapping:
-        wrapping: _Wrapping = self.__dict__[self._state_name]
+    def _wrapping(self) -> Wrapping:
+        wrapping: Wrapping = self.__dict__[self._state_name]
         return wrapping
 
 
@@ -378,26 +376,3 @@ def _check_blocks(module: nn.Module, classes: Mapping[str, Sequence[str]]) -> No
                     f"a {found} in {name}, expected {' or '.join(known)}: the port was "
                     "measured on a configuration that makes these; run without parallel modes"
                 )
-
-
-class _Wrapping:
-    """What a wrapped transformer keeps beside its weights."""
-
-    def __init__(self, plan: StagePlan) -> None:
-        self.plan = plan
-        self.templates: dict[Any, Template] = {}
-        self.template: Template | None = None
-        self.latent_shape: tuple[int, ...] = ()
-        self.loop_shape: tuple[int, ...] = ()
-        self.padding = 0
-        self.buffers: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
-        self.replayer = CallReplayer()
-        self._channel: P2PChannel | None = None
-
-    def channel(self) -> P2PChannel:
-        if self._channel is None:
-            self._channel = P2PChannel(parallel_state.get_pp_group())
-        return self._channel
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Wrapping:
-        return _Wrapping(self.plan)
