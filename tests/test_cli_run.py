@@ -145,6 +145,30 @@ def test_memory_of_each_rank(workshop: Path, capfd: pytest.CaptureFixture[str]) 
     assert all(0 < held["resident"] <= held["peak"] for held in memory)
 
 
+def test_text_encoders_on_the_first_rank_of_each_replica(
+    workshop: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The pictures are those of the run without the option; four ranks, two replicas."""
+    prompts = [PROMPT, "two boats on a lake"]
+    split = ["--data_parallel_degree", "2", "--use_cfg_parallel", "--allow_unproven"]
+    for name, more in (
+        ("whole", []),
+        ("first", ["--text_encoders_on_first_rank"]),
+    ):
+        flags = [*split, *more, "--report_memory", "--json", "--output", f"{name}.png"]
+        assert launch(workshop, flags, ranks=4, prompts=prompts) == [0] * 4
+    for end in (".png", "_replica1.png"):
+        mine, theirs = workshop / f"first{end}", workshop / f"whole{end}"
+        assert image_difference(mine, theirs) == (0.0, 0)
+    whole, first = (
+        [held["weights"]["text_encoder"] for held in json.loads(line)["memory"]]
+        for line in capfd.readouterr().out.splitlines()
+        if line.startswith("{")
+    )
+    assert len(set(whole)) == 1 and whole[0] > 0
+    assert first == [whole[0], 0, whole[0], 0]
+
+
 def bytes_of_saved_blocks(folder: Path) -> int:
     """Bytes of the transformer blocks in a folder of weights."""
     return sum(

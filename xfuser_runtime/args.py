@@ -38,6 +38,7 @@ class xFuserArgs:
     use_cuda_graph: bool = True
     attention_backend: str | None = None
     allow_unproven: bool = False
+    text_encoders_on_first_rank: bool = False
     # inputs
     prompt: str | list[str] = ""
     negative_prompt: str | list[str] | None = None
@@ -81,6 +82,7 @@ class xFuserArgs:
             use_cuda_graph=self.use_cuda_graph,
             attention_backend=self.attention_backend,
             allow_unproven=self.allow_unproven,
+            text_encoders_on_first_rank=self.text_encoders_on_first_rank,
         )
         engine_config = EngineConfig(parallel_config, runtime_config, world_size)
         return engine_config, self._input_config()
@@ -215,6 +217,11 @@ def _add_runtime_flags(group: argparse._ArgumentGroup) -> None:
         "--allow_unproven",
         action="store_true",
         help="run modes that `porter verify` has not proven, with a warning",
+    )
+    group.add_argument(
+        "--text_encoders_on_first_rank",
+        action="store_true",
+        help="hold them on the first rank of each replica alone, which sends their results",
     )
 
 

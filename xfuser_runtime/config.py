@@ -159,6 +159,8 @@ class RuntimeConfig:
         use_cuda_graph: capture whole transformer calls on CUDA and replay them.
         attention_backend: kernel of the attention calls, None chooses.
         allow_unproven: run modes that ``porter verify`` has not proven, with a warning.
+        text_encoders_on_first_rank: of each replica the first rank alone holds the encoders of text
+            and images, and sends the others what they return.
     """
 
     warmup_steps: int = 1
@@ -167,6 +169,7 @@ class RuntimeConfig:
     use_cuda_graph: bool = True
     attention_backend: str | None = None
     allow_unproven: bool = False
+    text_encoders_on_first_rank: bool = False
 
     def __post_init__(self) -> None:
         _check_at_least("warmup_steps", self.warmup_steps, 0)

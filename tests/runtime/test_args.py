@@ -40,6 +40,7 @@ def test_every_field_is_a_flag_that_arrives() -> None:
         "use_cuda_graph": True,
         "attention_backend": "cudnn",
         "allow_unproven": True,
+        "text_encoders_on_first_rank": True,
         "prompt": ["a cat", "a dog"],
         "negative_prompt": "blurred",
         "height": 512,
@@ -72,6 +73,7 @@ def test_the_configurations_hold_what_was_given() -> None:
         warmup_steps=2,
         attention_backend="math",
         allow_unproven=True,
+        text_encoders_on_first_rank=True,
         prompt=["a", "b"],
         height=64,
         seed=1,
@@ -82,6 +84,7 @@ def test_the_configurations_hold_what_was_given() -> None:
     assert engine.runtime_config.warmup_steps == 2
     assert engine.runtime_config.attention_backend == "math"
     assert engine.runtime_config.allow_unproven
+    assert engine.runtime_config.text_encoders_on_first_rank
     assert inputs == InputConfig(prompt=("a", "b"), batch_size=2, height=64, seed=1)
     assert inputs.width is None
 

@@ -28,6 +28,7 @@ from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.collectives import all_reduce_max
 from xfuser_runtime.distributed.launch import prepare_environment
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
+from xfuser_runtime.encoders import share_encoders
 from xfuser_runtime.errors import InputError
 from xfuser_runtime.layers.attention import reset_kv_caches
 from xfuser_runtime.pipelines import cfg, guiders
@@ -79,8 +80,8 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
 
         Raises:
             ValueError: when the pipeline is of another class, a mode is not proven, no
-                attention kernel has the name asked for, or the degrees do not fit the
-                world size.
+                attention kernel has the name asked for, the degrees do not fit the world
+                size, or encoders cannot be on one rank as asked for.
         """
         original = upstream_class(cls)
         if upstream_class_of_instance(pipeline) is not original:
@@ -91,6 +92,8 @@ class xFuserPipelineBaseWrapper(xFuserBaseWrapper, metaclass=_WrapsPipelines):
         cls.check_proven(engine_config)
         check_backend_name(engine_config.runtime_config.attention_backend)
         prepare_environment(engine_config)
+        if engine_config.runtime_config.text_encoders_on_first_rank:
+            share_encoders(modules_of(pipeline), original.model_cpu_offload_seq)
         swap_class(pipeline, cls)
         for name, part in parts_of(pipeline).items():
             if isinstance(part, nn.Module):

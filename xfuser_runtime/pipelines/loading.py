@@ -1,4 +1,4 @@
-"""Which components of a checkpoint a rank loads in part."""
+"""Which components of a checkpoint a rank loads in part, or without weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from typing import Any
 import torch
 
 from xfuser_runtime.config import EngineConfig
+from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.launch import prepare_environment
+from xfuser_runtime.encoders import is_encoder_class, load_empty, names_before
 from xfuser_runtime.transformers.loading import load_part
 from xfuser_runtime.transformers.register import xFuserTransformerWrappersRegister
 
@@ -34,9 +36,10 @@ _WHOLE = ("device_map", "quantization_config", "dduf_file", "max_memory")
 def own_components(
     original: Any, path: str | Path, engine_config: EngineConfig, options: Any
 ) -> dict[str, Any]:
-    """`options` of `original.from_pretrained`, with the transformers loaded by stage.
+    """`options` of `original.from_pretrained`, with what this rank holds in part.
 
-    What is already among the options stays as it is. Where a part cannot be loaded the options
+    These are transformers, loaded by stage, and encoders that the first rank of the replica
+    alone is to hold, made without weights. What is already among the options stays as it is. Where a part cannot be loaded the options
     come back alone, the log says why, and each rank reads the whole checkpoint.
 
     Args:
@@ -46,26 +49,65 @@ def own_components(
         options: keyword arguments of `from_pretrained`.
     """
     options = dict(options)
-    if engine_config.parallel_config.pipefusion_parallel_degree == 1:
+    by_stage = engine_config.parallel_config.pipefusion_parallel_degree > 1
+    if not by_stage and not engine_config.runtime_config.text_encoders_on_first_rank:
         return options
     reason = _reason_against(path, options)
     if reason is not None:
         logger.warning("every rank reads the whole checkpoint: %s", reason)
         return options
     prepare_environment(engine_config)
-    for name, cls in _classes(original, Path(path)):
+    classes = dict(_classes(original, Path(path)))
+    if by_stage:
+        options |= _transformers(classes, Path(path), options)
+    if engine_config.runtime_config.text_encoders_on_first_rank:
+        options |= _encoders(original, classes, Path(path), options)
+    return options
+
+
+def _transformers(
+    classes: Mapping[str, type], path: Path, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The transformers with the blocks of this rank's stage."""
+    loaded: dict[str, Any] = {}
+    for name, cls in classes.items():
         wrapper: Any = xFuserTransformerWrappersRegister.find(cls)
         if name in options or wrapper is None or not wrapper.block_loops:
             continue
-        options[name] = load_part(
+        loaded[name] = load_part(
             cls,
             wrapper.block_loops,
             path,
             parts=wrapper.block_parts,
             subfolder=name,
-            **_options_of(name, Path(path) / name, options),
+            **_options_of(name, path / name, options),
         )
-    return options
+    return loaded
+
+
+def _encoders(
+    original: Any,
+    classes: Mapping[str, type],
+    path: Path,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The encoders without weights, on all ranks of a replica but the first."""
+    if parallel_state.get_replica_group().rank_in_group == 0:
+        return {}
+    ported = {
+        name
+        for name, cls in classes.items()
+        if xFuserTransformerWrappersRegister.find(cls) is not None
+    }
+    before = names_before(original.model_cpu_offload_seq, ported)
+    made: dict[str, Any] = {}
+    for name, cls in classes.items():
+        used = before is None or name in before
+        if name not in options and used and is_encoder_class(cls):
+            model = load_empty(cls, path / name)
+            if model is not None:
+                made[name] = model
+    return made
 
 
 def _reason_against(path: str | Path, options: Mapping[str, Any]) -> str | None:
