@@ -62,7 +62,18 @@ BASE = torch.arange(24.0).view(2, 3, 4) + 1
         torch.view_as_complex(torch.randn(3, 2)).conj(),
         torch.ones(4).requires_grad_() * 2,
     ],
-    ids=str,
+    ids=[
+        "dense",
+        "transposed",
+        "with gaps",
+        "with more gaps",
+        "expanded",
+        "scalar",
+        "bool",
+        "bfloat16",
+        "conjugate",
+        "with gradient",
+    ],
 )
 def test_a_tensor_arrives_as_it_lies(
     tensor: torch.Tensor, monkeypatch: pytest.MonkeyPatch
