@@ -202,6 +202,12 @@ def shared_call(
             "ways, expected calls before it; run without text_encoders_on_first_rank"
         )
     group = parallel_state.get_replica_group()
+    if sharing.holds_weights != (group.rank_in_group == 0):
+        raise StateError(
+            f"a call of {call} on rank {group.rank_in_group} of a replica of "
+            f"{group.world_size}, expected the session in which it was wrapped; load the "
+            "pipeline again"
+        )
     generators = find_generators(args, kwargs)
     if sharing.holds_weights:
         sharing.running = True
@@ -210,11 +216,6 @@ def shared_call(
             return _run_and_send(run, call, generators, module, group)
         finally:
             sharing.running = False
-    if group.world_size == 1:
-        raise StateError(
-            f"a call of {call} without the ranks of its replica, expected its session; load "
-            "the pipeline again"
-        )
     return _receive(call, generators, sharing, group)
 
 
