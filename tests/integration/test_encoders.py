@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import CpuOffload, add_hook_to_module
-from peft import LoraConfig, inject_adapter_in_model
 
 from tests.integration.workshop import (
     CAUGHT,
@@ -349,62 +348,3 @@ def test_changes_of_an_encoder_are_refused(workshop: Workshop, method: str) -> N
 
     for found in on_both(workshop, change):
         assert f"{method} on text_encoder, which runs on the first rank" in found
-
-
-def hook(pipe: Any) -> None:
-    """Offloading by accelerate."""
-    add_hook_to_module(pipe.text_encoder, CpuOffload("cpu"))
-
-
-def adapt(pipe: Any) -> None:
-    """An adapter in the encoder."""
-    inject_adapter_in_model(LoraConfig(r=2, target_modules=["q"]), pipe.text_encoder)
-
-
-def watch(pipe: Any) -> None:
-    """A hook of the user's."""
-    pipe.text_encoder.shared.register_forward_hook(lambda *args: None)
-
-
-def compiled(pipe: Any) -> None:
-    """The encoder inside of torch's module."""
-    pipe.text_encoder = torch.compile(pipe.text_encoder, backend="eager")
-
-
-@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        (hook, "text_encoder with hooks of accelerate (offloading), expected a plain"),
-        (adapt, "text_encoder with adapters, expected a plain model"),
-        (watch, "text_encoder with forward hooks, expected a plain model"),
-        (compiled, "text_encoder inside a OptimizedModule, expected a plain model"),
-    ],
-)
-def test_an_encoder_that_is_not_plain_is_refused(
-    workshop: Workshop, change: Any, words: str, ranks: tuple[int, ...]
-) -> None:
-    """On every rank, also where one rank's encoder alone is so."""
-    wrapper, stock = workshop.wrapper(PIXART), workshop.stock(PIXART)
-
-    def rank_main(rank: int) -> str:
-        warnings.simplefilter("ignore", UnprovenWarning)
-        if rank in ranks:
-            change(stock)
-        return told(lambda: wrapper(stock, engine(CFG)))
-
-    for found in run_ranks(rank_main, 2):
-        assert found.startswith("NotSupportedError: ") and words in found
-
-
-def test_different_encoders_are_refused(workshop: Workshop) -> None:
-    wrapper, stock = workshop.wrapper(PIXART), workshop.stock(PIXART)
-
-    def rank_main(rank: int) -> str:
-        warnings.simplefilter("ignore", UnprovenWarning)
-        if rank:
-            del stock.text_encoder.encoder.block[-1]
-        return told(lambda: wrapper(stock, engine(CFG)))
-
-    for found in run_ranks(rank_main, 2):
-        assert "whose weights are not those of the" in found

@@ -84,9 +84,9 @@ def share_encoders(modules: Mapping[str, nn.Module], sequence: str | None) -> No
         StateError: the ranks hold different encoders.
     """
     group = parallel_state.get_replica_group()
-    encoders = dict(_unshared(modules, sequence))
-    if group.world_size == 1 or not encoders:
+    if group.world_size == 1:
         return
+    encoders = dict(_unshared(modules, sequence))
     own = {name: _describe(name, module) for name, module in encoders.items()}
     # All ranks learn of every refusal: one that raised alone would leave the others waiting.
     described = gather_objects(own, group)
