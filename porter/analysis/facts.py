@@ -46,6 +46,21 @@ class TokenAxis:
 
 
 @dataclasses.dataclass(frozen=True)
+class Tail:
+    """What comes after the last loop and maps each token of the latents' stream by itself.
+
+    Attributes:
+        stream: the stream.
+        statements: the text of those statements that touch it, in order.
+        result: the one name that then holds its tokens and is read afterwards.
+    """
+
+    stream: str
+    statements: tuple[str, ...]
+    result: str
+
+
+@dataclasses.dataclass(frozen=True)
 class LoopFacts:
     """One loop over transformer blocks.
 
@@ -76,6 +91,8 @@ class LoopFacts:
         classes: names of the blocks' classes; others were not measured.
         companions: lists that the loop runs over in step, whose blocks leave their tokens
             apart, each with the names of its blocks' classes.
+        tail: of the last loop, what runs on this rank's tokens behind it; None where they
+            are gathered at once.
     """
 
     blocks: str
@@ -96,6 +113,7 @@ class LoopFacts:
     travels: tuple[str, ...] = ()
     fresh: Mapping[str, str] = dataclasses.field(default_factory=dict)
     companions: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    tail: Tail | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +233,14 @@ def _loop(data: Mapping[str, Any]) -> LoopFacts:
         travels=tuple(data.get("travels", ())),
         fresh=dict(data.get("fresh", {})),
         companions=_tuples(data.get("companions", {})),
+        tail=_tail(data.get("tail")),
     )
+
+
+def _tail(data: Mapping[str, Any] | None) -> Tail | None:
+    if data is None:
+        return None
+    return Tail(data["stream"], tuple(data["statements"]), data["result"])
 
 
 def _rows(data: Any) -> tuple[tuple[int, int], ...]:

@@ -115,6 +115,8 @@ def _loop(first: LoopFacts, second: LoopFacts, class_name: str) -> LoopFacts:
             for name, classes in first.companions.items()
         },
         counts=_joined(first.counts, second.counts, "counts", class_name),
+        # One gives by token what the other gives once: a tail for both takes whole tokens.
+        tail=first.tail if first.tail == second.tail else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""A copy of a model's `forward` that reports its local names at each block loop."""
+"""A copy of a model's `forward` that reports its local names at loops and statements."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 import importlib
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,12 @@ from porter.scope import writes
 
 Report = Callable[[str, dict[str, Any]], None]
 Swap = Callable[[str, str, Any], Any]
+TailReport = Callable[[int, dict[str, Any], dict[str, Any]], None]
 
 _BEFORE = "__report_before__"
 _INSIDE = "__report_inside__"
 _SWAP = "__swap_local__"
+_TAIL = "__report_tail__"
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,14 @@ class Probes:
         inside: called likewise at the end of each iteration; None for never.
         swap: called before each loop with (blocks, name, value) of every name that the
             loop reads or carries; what it returns takes the value's place.  None for never.
+        tail: called with (index, locals, globals) before each statement of a tail and, with
+            their number, after the last; None for never.
     """
 
     before: Report
     inside: Report | None = None
     swap: Swap | None = None
+    tail: TailReport | None = None
 
 
 def instrumented_forward(
@@ -48,16 +53,19 @@ def instrumented_forward(
     loops: tuple[BlockLoop, ...],
     model: nn.Module,
     probes: Probes,
+    tail: Sequence[cst.SimpleStatementLine] = (),
 ) -> Callable[..., Any]:
-    """`model`'s forward, which calls `probes` at each loop."""
+    """`model`'s forward, which calls `probes` at each loop and at the statements `tail`."""
     start, end = excerpt(module, forward)
     text = module.text[start:end]
     added = [part for loop in loops for part in _lines(module, forward, loop, probes)]
+    added += _tail_lines(module, tail)
     # From the end to the start, so that earlier offsets stay right.
     for at, line in sorted(added, key=lambda item: -item[0]):
         text = text[: at - start] + line + text[at - start :]
     namespace = dict(vars(importlib.import_module(module.name)))
     namespace |= {_BEFORE: probes.before, _INSIDE: probes.inside, _SWAP: probes.swap}
+    namespace[_TAIL] = probes.tail
     exec(_compiled(text, module.file), namespace)
     return types.MethodType(namespace[forward.name.value], model)
 
@@ -87,3 +95,17 @@ def _lines(
         indentation = module.indentation(last)
         line = f"\n{indentation}{_INSIDE}({loop.blocks!r}, locals())"
         yield module.line_end(module.last_line(last)), line
+
+
+def _tail_lines(
+    module: ParsedModule, tail: Sequence[cst.SimpleStatementLine]
+) -> Iterator[tuple[int, str]]:
+    """(offset, line) of what stands before each statement of a tail and after the last."""
+    for index, statement in enumerate(tail):
+        indentation = module.indentation(statement)
+        line = f"{indentation}{_TAIL}({index}, locals(), globals())\n"
+        yield module.line_start(module.line(statement)), line
+    if tail:
+        indentation = module.indentation(tail[-1])
+        line = f"\n{indentation}{_TAIL}({len(tail)}, locals(), globals())"
+        yield module.line_end(module.last_line(tail[-1])), line

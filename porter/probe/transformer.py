@@ -24,6 +24,7 @@ from porter.probe.neighbours import OF_TOKENS, mixing_neighbour
 from porter.probe.provenance import KeyOrigins, Leaf
 from porter.probe.rank_run import Remedies
 from porter.probe.stock import upstream_runs
+from porter.probe.tail import measure_tail
 
 
 def probe_transformer(
@@ -91,7 +92,8 @@ def probe_transformer(
             expected="a loop that carries the image tokens",
             where=source.where(forward),
         )
-    lists = {name for loop in loops for name in (loop.blocks, *loop.companions)}
+    shown = [*calls[:2], *(batched[:1] if batched_runs else ())]
+    facts[-1] = _with_tail(facts[-1], model, source, forward, loops, shown)
     found = mixing_facts(mixing, source.where(forward))
     found = replace(found, refused={**found.refused, **refused})
     for path in found.summing:
@@ -100,7 +102,7 @@ def probe_transformer(
         tuple(facts),
         attention,
         tuple(sorted({*processors, *found.token_sums})),
-        _layers(model, lists),
+        _layers(model, loops),
         queries,
         found,
     )
@@ -166,13 +168,31 @@ def _with_classes(facts: LoopFacts, model: nn.Module, loop: BlockLoop) -> LoopFa
     )
 
 
+def _with_tail(
+    facts: LoopFacts,
+    model: nn.Module,
+    source: ParsedModule,
+    forward: cst.FunctionDef,
+    loops: Sequence[BlockLoop],
+    calls: Sequence[TransformerCall],
+) -> LoopFacts:
+    """The facts of the last loop with what runs token by token behind it.
+
+    The calls are of two image sizes and, where the model takes them, of several samples.
+    """
+    loop = next(loop for loop in loops if loop.blocks == facts.blocks)
+    tail = measure_tail(model, source, forward, loop, facts, calls)
+    return replace(facts, tail=tail)
+
+
 def _classes(model: nn.Module, blocks: str) -> tuple[str, ...]:
     """Names of the classes in a block list."""
     return tuple(sorted({type(block).__name__ for block in getattr(model, blocks)}))
 
 
-def _layers(model: nn.Module, block_lists: set[str]) -> tuple[str, ...]:
+def _layers(model: nn.Module, loops: Sequence[BlockLoop]) -> tuple[str, ...]:
     """Classes of convolutions and patch embeddings outside the blocks."""
+    block_lists = {name for loop in loops for name in (loop.blocks, *loop.companions)}
     found = set()
     for path, module in model.named_modules():
         if path.split(".")[0] not in block_lists and (

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
-from porter.analysis.facts import LoopFacts, TokenAxis, TransformerFacts
+from porter.analysis.facts import (
+    LoopFacts,
+    PipelineFacts,
+    Tail,
+    TokenAxis,
+    TransformerFacts,
+    facts_from_json,
+    to_json,
+)
 from porter.analysis.merge import merged
 from porter.errors import Refusal
 
@@ -50,6 +59,19 @@ def test_latents_of_an_image_and_of_a_video_are_told_by_their_dimensions() -> No
         assert found.other_rows == {5: video.rows}
     again = merged(_facts(found), _facts(video), "Toy")
     assert again == _facts(found)
+
+
+def test_a_tail_that_one_pipeline_lacks_serves_neither() -> None:
+    tail = Tail("x", ("x = self.norm(x)", "y = self.proj(x)"), "y")
+    late, shorter = (
+        replace(_LOOP, tail=each) for each in (tail, replace(tail, result="x"))
+    )
+    assert merged(_facts(late), _facts(late), "Toy").loops[0].tail == tail
+    assert merged(_facts(late), _facts(_LOOP), "Toy").loops[0].tail is None
+    assert merged(_facts(_BY_TOKEN), _facts(late), "Toy").loops[0].tail is None
+    assert merged(_facts(late), _facts(shorter), "Toy").loops[0].tail is None
+    whole = PipelineFacts("none", {}, {"transformer": _facts(late)})
+    assert facts_from_json(json.loads(json.dumps(to_json(whole)))) == whole
 
 
 def test_facts_that_agree_stay_as_they_are() -> None:

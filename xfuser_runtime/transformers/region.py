@@ -273,8 +273,9 @@ class BlockRegion:
                     )
                     source += count
                 offset += lengths[name]
-        # The caller may write to what it gets; the next patch must not see that.
-        return whole if self.patch is None else whole.clone()
+        # The caller may write to what it gets, or keep it, and the next patch writes to what
+        # is kept here: neither may see the other.
+        return whole if self.layout.num_patches == 1 else whole.clone()
 
     def _buffer(
         self, rows: torch.Tensor, dim: int, streams: Sequence[str], place: str

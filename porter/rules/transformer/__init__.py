@@ -12,6 +12,7 @@ from porter.rules.transformer.forward_check_condition import ForwardCheckConditi
 from porter.rules.transformer.gathered_modules import GatheredModules
 from porter.rules.transformer.init_submodules import InitSubmodules
 from porter.rules.transformer.last_stage_output import LastStageOutput
+from porter.rules.transformer.late_gather import LateGather
 from porter.rules.transformer.patch_height_width import PatchHeightWidth
 
 RULES: tuple[type[Rule[Any]], ...] = (
@@ -21,6 +22,7 @@ RULES: tuple[type[Rule[Any]], ...] = (
     PatchHeightWidth,
     FirstStagePosEmbed,
     BlockRegion,
+    LateGather,
     BlockGuard,
     LastStageOutput,
 )

@@ -3,7 +3,8 @@
 Match:    the loops over block lists that carry image tokens.
 Emit:     before the loop, the rows of this rank of every value that counts tokens; at the
           top of the body, the hand-over between stages; after the loop, the whole carried
-          streams and the whole of what the body made for later code.
+          streams and the whole of what the body made for later code. The whole of a stream
+          with a tail is late_gather's.
 Manual:   2 (the sharding that the manual leaves to the attention layers)
 
 Token axes are literals, measured by the probe.  A value that the loop only reads keeps its
@@ -77,22 +78,25 @@ class BlockRegion(Rule[Forward]):
         for name, streams in facts.counts.items():
             before.append(f"{_local(name)} = region.rows({_quoted(streams)})")
         before += [f"{name} = {stream}" for name, stream in facts.fresh.items()]
+        late = facts.tail.stream if facts.tail else None
         after = [
-            f"{name} = region.gather({name}, {_axis(axes[0])}{_ndim(axes[0])})"
+            gathered(name, axes[0])
             for name, axes in (
                 *((name, facts.values[name]) for name in carried),
                 *facts.after.items(),
             )
-            if name not in facts.travels or name in loop.alive
+            if name != late and (name not in facts.travels or name in loop.alive)
         ]
         at = loop.node
         names = ", ".join((*carried, *facts.filled))
         hand_over = f"{names} = region.hand_over({names})"
-        for edit in (
+        edits = [
             self.insert_before(module, outer, "\n".join(before), at=at),
             self.insert_before(module, _first(loop.node), hand_over, at=at),
-            self.insert_after(module, loop.node, "\n".join(after), at=at),
-        ):
+        ]
+        if after:
+            edits.append(self.insert_after(module, loop.node, "\n".join(after), at=at))
+        for edit in edits:
             yield replace(edit, outside=True)
         read = {*facts.values, *facts.counts, *row_counts.values()} - own
         counted = [
@@ -107,6 +111,11 @@ class BlockRegion(Rule[Forward]):
         for node in _reads(loop, read):
             if node not in inside:
                 yield self.replace(module, node, _local(node.value), at=at)
+
+
+def gathered(name: str, axis: TokenAxis) -> str:
+    """The statement that makes `name` hold the tokens of all ranks."""
+    return f"{name} = region.gather({name}, {_axis(axis)}{_ndim(axis)})"
 
 
 def _arguments(loop: BlockLoop, kind: Kinds) -> list[cst.Arg]:

@@ -143,6 +143,30 @@ def test_each_gathered_value_keeps_the_rows_of_its_own_patches(
     assert [whole.flatten().tolist() for whole in found] == [[1.0] * 4, [2.0] * 4]
 
 
+def test_what_a_caller_keeps_of_a_whole_pass_stays_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    segments = (Segment("x", 8, follows_latents=True),)
+    buffers: dict[str, torch.Tensor] = {}
+    made = {
+        patch: BlockRegion(
+            layout=TokenLayout(segments, 2, 2),
+            patch=patch,
+            shard=0,
+            call_index=0,
+            links=None,
+            buffers=buffers,
+        )
+        for patch in (None, 0)
+    }
+    monkeypatch.setattr(region, "all_gather", lambda x, *_: torch.cat([x, x], dim=1))
+    monkeypatch.setattr(region, "get_sp_group", lambda: None)
+    kept = made[None].gather(torch.ones(1, 4, 1), 1, "x")
+    later = made[0].gather(torch.full((1, 2, 1), 2.0), 1, "x")
+    assert later.flatten().tolist() == [2.0] * 4 + [1.0] * 4
+    assert kept.flatten().tolist() == [1.0] * 8
+
+
 def test_tokens_that_each_sample_repeats_are_cut_in_each() -> None:
     value = torch.arange(10.0).view(10, 1)
     found = _region(5).shard({"mod": value}, 0, "x", repeated=True)
