@@ -19,14 +19,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from xfuser_runtime.attention import AttentionPlan, parallel_attention, symmetric
-from xfuser_runtime.attention.peer_memory import is_usable
-from xfuser_runtime.attention.ways import WAYS, different
+from xfuser_runtime.attention import AttentionPlan, parallel_attention
 from xfuser_runtime.config import (
     EngineConfig,
     ParallelConfig,
     world_size_of_environment,
 )
+from xfuser_runtime.cuda import symmetric
+from xfuser_runtime.cuda.peer_memory import is_usable
+from xfuser_runtime.cuda.ways import WAYS, different
 from xfuser_runtime.distributed import get_runtime_state, get_world_group
 from xfuser_runtime.distributed.collectives import all_reduce_max
 from xfuser_runtime.distributed.launch import prepare_environment

@@ -19,9 +19,9 @@ from xfuser_runtime.errors import NotSupportedError
 
 #: Kinds of splitting in the order in which a proof's name multiplies them.
 KINDS = ("dp", "cfg", "pp", "pipefusion", "ring", "ulysses")
-#: What no run of a port computes with: the command line, the judgement of proofs and the ranks
-#: of a verification.  A proof outlives their changes.
-_NOT_COMPUTING = ("run.py", "proofs.py", "replay/")
+#: What no run of a verification computes with: the command line, the judgement of proofs, the
+#: ranks of a verification, and what only GPUs reach.  A proof outlives their changes.
+_NOT_COMPUTING = ("run.py", "proofs.py", "replay/", "cuda/")
 
 
 class UnprovenWarning(UserWarning):

@@ -111,6 +111,7 @@ def test_allow_unproven_warns_on_every_run() -> None:
         ("run.py", False),
         ("proofs.py", False),
         ("replay/faults.py", False),
+        ("cuda/symmetric.py", False),
     ],
 )
 def test_proofs_depend_on_the_source_that_computes(

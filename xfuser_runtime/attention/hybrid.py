@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from xfuser_runtime.attention import keys as masks
-from xfuser_runtime.attention import symmetric, ulysses
+from xfuser_runtime.attention import ulysses
 from xfuser_runtime.attention.backends import run_kernel
 from xfuser_runtime.attention.kernels import KernelCall
 from xfuser_runtime.attention.keys import KeyBlock, SplitMask
@@ -54,6 +54,8 @@ def hybrid_attention(
     shards = _shards_of_block(get_ring_group().rank_in_group)
     query_lengths = _of(shards, plan.layout.lengths(plan.query_segments, plan.patch))
     if row_mask is None and _can_write_to_peers(query, block, plan):
+        from xfuser_runtime.cuda import symmetric
+
         return symmetric.attention(
             query,
             block.key,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import nn
 
-from xfuser_runtime.attention.peer_memory import is_usable
 from xfuser_runtime.distributed.parallel_state import get_ulysses_group
 from xfuser_runtime.distributed.runtime_state import (
     get_runtime_state,
     runtime_state_is_initialized,
 )
 from xfuser_runtime.transformers.stages import EmptyBlock
+
+_LAYOUT = "_xfuser_layout"
 
 
 def prepare_kernels(model: nn.Module, loops: Iterable[str]) -> None:
@@ -28,11 +31,29 @@ def prepare_kernels(model: nn.Module, loops: Iterable[str]) -> None:
     if not runtime_state_is_initialized():
         return
     state = get_runtime_state()
-    if not state.has_symmetric_memory:
+    if torch.cuda.is_available() and not state.has_symmetric_memory:
+        from xfuser_runtime.cuda.peer_memory import is_usable
+
         state.has_symmetric_memory = is_usable(get_ulysses_group())
     if not state.runtime_config.use_torch_compile:
         return
+    options: dict[str, Any] = {}
+    if torch.cuda.is_available():
+        from xfuser_runtime.cuda import passes, stacked
+
+        vars(model)[_LAYOUT] = stacked.Layout(model)
+        options = passes.OPTIONS
     for name in loops:
         for block in getattr(model, name):
             if not isinstance(block, EmptyBlock):
-                block.compile()
+                block.compile(options=options)
+
+
+def keep_layout(model: nn.Module) -> None:
+    """Where the blocks are compiled for a GPU: put weights where their kernels want them.
+
+    A model may have moved to another device or type since the last call.
+    """
+    layout = vars(model).get(_LAYOUT)
+    if layout is not None:
+        layout.keep(model)

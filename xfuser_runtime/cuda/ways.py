@@ -7,6 +7,7 @@ the first call of a shape, in a CUDA graph as they run later, and all ranks agre
 
 from __future__ import annotations
 
+import enum
 import logging
 import statistics
 from collections.abc import Callable, Sequence
@@ -28,6 +29,20 @@ _DEVICE = "cuda"
 _ROUNDING = 1e-2
 
 
+class Mover(enum.Enum):
+    """What moves rows: each costs something else of what the multiprocessors do meanwhile.
+
+    Attributes:
+        KERNELS: kernels write them row by row.
+        PACKED: a kernel packs them into one run of memory, which copy engines move.
+        ENGINES: copy engines move them row by row.
+    """
+
+    KERNELS = "kernels"
+    PACKED = "packed"
+    ENGINES = "engines"
+
+
 @dataclass(frozen=True)
 class Way:
     """One way.
@@ -35,24 +50,24 @@ class Way:
     Args:
         shares: of the heads of a rank, in the order in which they travel: one part travels while
             the one before is computed. What comes first and last is not hidden.
-        packed: a part is packed before it travels, so that it is one run of memory, which copy
-            engines move; else kernels write it row by row.
+        mover: what moves them.
     """
 
     shares: tuple[int, ...] = (1, 1)
-    packed: bool = False
+    mover: Mover = Mover.KERNELS
 
     @property
     def name(self) -> str:
         """For reports: `1:2:1 packed`."""
-        return ":".join(map(str, self.shares)) + (" packed" if self.packed else "")
+        told = "" if self.mover is Mover.KERNELS else f" {self.mover.value}"
+        return ":".join(map(str, self.shares)) + told
 
 
 #: The ways that are timed. With small first and last parts less is left bare.
 WAYS = tuple(
-    Way(shares, packed)
-    for shares, packed in product(
-        ((1,), (1, 1), (1, 2, 1), (1,) * 4, (1,) * 6, (1, 2, 3, 3, 2, 1)), (False, True)
+    Way(shares, mover)
+    for shares, mover in product(
+        ((1,), (1, 1), (1, 2, 1), (1,) * 4, (1,) * 6, (1, 2, 3, 3, 2, 1)), Mover
     )
 )
 
@@ -66,7 +81,7 @@ def head_parts(count: int, shares: Sequence[int]) -> list[Range]:
 
 def different(ways: Sequence[Way], count: int) -> list[Way]:
     """The ways that cut `count` heads differently."""
-    found = {(tuple(head_parts(count, w.shares)), w.packed): w for w in reversed(ways)}
+    found = {(tuple(head_parts(count, w.shares)), w.mover): w for w in reversed(ways)}
     return [way for way in ways if way in found.values()]
 
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 from tests.ranks import run_ranks
 from tests.runtime.attention.harness import relative_error
-from xfuser_runtime.attention import symmetric, ways
-from xfuser_runtime.attention.peer_memory import Workspace, is_usable
-from xfuser_runtime.attention.ways import WAYS, Way, different, head_parts
 from xfuser_runtime.config import EngineConfig, ParallelConfig
+from xfuser_runtime.cuda import symmetric, ways
+from xfuser_runtime.cuda.peer_memory import Workspace, is_usable
+from xfuser_runtime.cuda.ways import WAYS, Mover, Way, different, head_parts
 from xfuser_runtime.distributed.launch import prepare_environment
 from xfuser_runtime.distributed.parallel_state import Group
 
@@ -99,16 +99,16 @@ def on_ranks(
         ([4, 3], (1, 2, 1)),
     ],
 )
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("mover", list(Mover))
 @pytest.mark.parametrize("channels", [8, 5])
 def test_ranks_that_share_memory(
-    lengths: list[int], shares: tuple[int, ...], packed: bool, channels: int
+    lengths: list[int], shares: tuple[int, ...], mover: Mover, channels: int
 ) -> None:
     """Two calls through the same workspaces; channels of 5 fill no 16 bytes in fp32."""
     torch.manual_seed(0)
     dtype = torch.float32 if channels == 5 else torch.float64
     qkv = [torch.randn(2, sum(lengths), 6, channels, dtype=dtype) for _ in range(3)]
-    way = Way(shares, packed)
+    way = Way(shares, mover)
     for factor, found in enumerate(on_ranks(lengths, qkv, way=way), 1):
         q, k, v = (x.transpose(1, 2) * factor for x in qkv)
         expected = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
@@ -133,9 +133,11 @@ def test_parts_hold_all_heads() -> None:
 
 
 def test_ways_that_cut_alike_are_one() -> None:
-    assert [way.shares for way in different(WAYS, 1)] == [(1,), (1,)]
+    assert [way.shares for way in different(WAYS, 1)] == [(1,)] * len(Mover)
     names = [way.name for way in different(WAYS, 2)]
-    assert names[:2] == ["1", "1 packed"] and len(names) == len(set(names)) < len(WAYS)
+    assert names[:3] == ["1", "1 packed", "1 engines"] and len(names) == len(
+        set(names)
+    ) < len(WAYS)
     assert different(WAYS, 12) == list(WAYS)
 
 
@@ -147,7 +149,7 @@ def test_the_slowest_rank_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ways, "all_reduce_max", lambda x, group: x.maximum(others))
     monkeypatch.setattr(ways, "_DEVICE", "cpu")
     chosen = ways.fastest(
-        lambda way: None, [Way((1,)), Way((1,), True), Way()], Group()
+        lambda way: None, [Way((1,)), Way((1,), Mover.PACKED), Way()], Group()
     )
     assert chosen == Way()
 

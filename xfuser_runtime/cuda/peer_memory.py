@@ -77,19 +77,25 @@ def allocate(numel: int, dtype: torch.dtype, group: Group) -> Workspace:
 
 
 class Beside:
-    """The stream that transfers run on beside the kernels; on CPU all runs in order."""
+    """A stream that runs beside the kernels of the current one; on CPU all runs in order.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: of the kernels.
+        use: what the stream is for; a session has one stream for a use.
+    """
+
+    def __init__(self, device: torch.device, use: str) -> None:
         self._stream: Any = None
         if device.type == "cuda":
             held = get_runtime_state().workspaces
             # Ahead of kernels that wait for room: what travels, others wait for.
-            if ("stream", device) not in held:
-                held["stream", device] = torch.cuda.Stream(device, priority=-1)
-            self._stream = held["stream", device]
+            key = ("stream", use, device)
+            if key not in held:
+                held[key] = torch.cuda.Stream(device, priority=-1)
+            self._stream = held[key]
 
     def follow(self) -> None:
-        """Transfers from here on come after all kernels so far."""
+        """What runs beside from here on comes after all kernels so far."""
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream())
 
@@ -103,11 +109,11 @@ class Beside:
             yield
 
     def mark(self) -> Any:
-        """The transfers so far."""
+        """What was launched beside so far."""
         return None if self._stream is None else self._stream.record_event()
 
     def wait_for(self, mark: Any) -> None:
-        """Kernels from here on come after the transfers up to `mark`."""
+        """Kernels from here on come after what was launched beside up to `mark`."""
         if mark is not None:
             torch.cuda.current_stream().wait_event(mark)
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import torch
 
+from xfuser_runtime.cuda import copy_engines
+from xfuser_runtime.cuda.ways import Mover
 from xfuser_runtime.distributed.layout import Range
 
 #: Copies move this type where they can: 16 bytes in one instruction.
@@ -85,16 +87,14 @@ def pack(rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return list(torch.cat(views).view(rows[0].dtype).chunk(len(rows)))
 
 
-def copy(
-    target: torch.Tensor, source: torch.Tensor, *, by_sample: bool = False
-) -> None:
-    """`target.copy_(source)`, 16 bytes at a time where both lie so.
-
-    With `by_sample` a sample is copied after the other: each is one run of memory.
-    """
-    if by_sample and len(target) > 1:
+def copy(target: torch.Tensor, source: torch.Tensor, mover: Mover) -> None:
+    """`target.copy_(source)` by kernels, 16 bytes at a time where both lie so, or by engines."""
+    if mover is Mover.ENGINES and copy_engines.copy_rows(target, source):
+        return
+    if mover is Mover.PACKED and len(target) > 1:
+        # Each sample is one run of memory.
         for one, other in zip(target, source, strict=True):
-            copy(one, other)
+            copy(one, other, Mover.KERNELS)
     elif target.numel():
         pair = widened(target), widened(source)
         if pair[0] is None or pair[1] is None:
