@@ -93,7 +93,7 @@ class Workshop:
         *,
         before: Change | None = None,
         wrap: bool = True,
-        timeout: float = 60,
+        timeout: float = 120,
     ) -> list[Any]:
         """Results of `body(rank, pipeline)` on the ranks of `mode`, in rank order.
 
