@@ -12,7 +12,7 @@ Shapes: M rows, K channels, N channels of one projection.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -209,12 +209,9 @@ def _join(parameters: Sequence[torch.Tensor]) -> None:
     if _joined(parameters) is not None:
         return
     whole = torch.cat([x.detach() for x in parameters])
-    for parameter, part in zip(parameters, _split(whole, parameters), strict=True):
+    parts = whole.split([len(x) for x in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
         parameter.data = part
-
-
-def _split(whole: torch.Tensor, like: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
-    yield from whole.split([len(x) for x in like])
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +12,9 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.ranks import run_ranks
-from xfuser_runtime.config import EngineConfig, ParallelConfig
+from tests.runtime.cuda.shared_memory import SharedMemory
 from xfuser_runtime.cuda import symmetric
 from xfuser_runtime.cuda.overlap import put_attention_beside
-from xfuser_runtime.cuda.peer_memory import Workspace
-from xfuser_runtime.distributed.launch import prepare_environment
-from xfuser_runtime.distributed.parallel_state import Group
 
 ROWS, HEADS, CHANNELS = 6, 4, 8
 WIDTH = HEADS * CHANNELS
@@ -30,14 +26,19 @@ def weights() -> list[torch.Tensor]:
     return [torch.randn(s, generator=generator).double() / s[0] ** 0.5 for s in shapes]
 
 
-def parallel_block(x: torch.Tensor, *held: torch.Tensor) -> torch.Tensor:
-    """Attention and a feed-forward layer that read the same rows: (S, C) to (S, C)."""
-    q, k, v = (
+def queries_keys_values(
+    x: torch.Tensor, held: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """(1, S, H, D) each."""
+    return [
         (x @ w).view(1, len(x), HEADS, CHANNELS) * (1 + index)
         for index, w in enumerate(held[:3])
-    )
-    lengths = [len(x)] * dist.get_world_size()
-    out = symmetric.attention(
+    ]
+
+
+def exchanged(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    lengths = [q.shape[1]] * dist.get_world_size()
+    return symmetric.attention(
         q,
         k,
         v,
@@ -46,8 +47,18 @@ def parallel_block(x: torch.Tensor, *held: torch.Tensor) -> torch.Tensor:
         is_causal=False,
         scale=None,
     )
+
+
+def joined(
+    x: torch.Tensor, out: torch.Tensor, held: Sequence[torch.Tensor]
+) -> torch.Tensor:
     hidden = F.gelu(x @ held[3])
-    return torch.cat([out.view(len(x), WIDTH), hidden], dim=1) @ held[4]
+    return torch.cat([out.reshape(len(x), WIDTH), hidden], dim=1) @ held[4]
+
+
+def parallel_block(x: torch.Tensor, *held: torch.Tensor) -> torch.Tensor:
+    """Attention and a feed-forward layer that read the same rows: (S, C) to (S, C)."""
+    return joined(x, exchanged(*queries_keys_values(x, held)), held)
 
 
 def sequential_block(x: torch.Tensor, *held: torch.Tensor) -> torch.Tensor:
@@ -57,28 +68,9 @@ def sequential_block(x: torch.Tensor, *held: torch.Tensor) -> torch.Tensor:
 
 
 def stock(x: torch.Tensor, *held: torch.Tensor) -> torch.Tensor:
-    q, k, v = (
-        (x @ w).view(1, len(x), HEADS, CHANNELS).transpose(1, 2) * (1 + index)
-        for index, w in enumerate(held[:3])
-    )
+    q, k, v = (each.transpose(1, 2) for each in queries_keys_values(x, held))
     out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    hidden = F.gelu(x @ held[3])
-    return torch.cat([out.reshape(len(x), WIDTH), hidden], dim=1) @ held[4]
-
-
-def prepare_rank(degree: int, pool: Sequence[torch.Tensor]) -> None:
-    prepare_environment(
-        EngineConfig(ParallelConfig(ulysses_degree=degree), world_size=degree)
-    )
-    used: list[int] = []
-
-    def allocate(count: int, dtype: torch.dtype, group: Group) -> Workspace:
-        first = len(used) * degree
-        used.append(count)
-        flat = tuple(pool[first + rank][:count] for rank in range(degree))
-        return Workspace(flat, SimpleNamespace(barrier=lambda channel: dist.barrier()))
-
-    symmetric.allocate = allocate  # type: ignore[assignment]
+    return joined(x, out, held)
 
 
 def names(graph: GraphModule) -> list[str]:
@@ -92,10 +84,10 @@ def on_ranks(block, degree: int = 2):  # type: ignore[no-untyped-def]
     held = weights()
     x = torch.randn(ROWS * degree, WIDTH, generator=torch.Generator().manual_seed(1))
     x = x.double()
-    pool = [torch.zeros(4096).double().share_memory_() for _ in range(2 * degree)]
+    memory = SharedMemory(degree, 4096, torch.float64)
 
     def rank_main(rank: int) -> tuple[list[str], torch.Tensor]:
-        prepare_rank(degree, pool)
+        memory.enter()
         own = x[rank * ROWS : (rank + 1) * ROWS]
         graph = make_fx(block)(own, *held)
         put_attention_beside(graph.graph)
@@ -126,17 +118,7 @@ def test_products_that_wait_stay_behind() -> None:
 
 
 def attention_only(x: torch.Tensor, *held: torch.Tensor) -> torch.Tensor:
-    q, k, v = ((x @ w).view(1, len(x), HEADS, CHANNELS) for w in held[:3])
-    lengths = [len(x)] * dist.get_world_size()
-    out = symmetric.attention(
-        q,
-        k,
-        v,
-        query_lengths=lengths,
-        key_lengths=lengths,
-        is_causal=False,
-        scale=None,
-    )
+    out = exchanged(*queries_keys_values(x, held))
     return out.view(len(x), WIDTH) @ held[0]
 
 
@@ -147,10 +129,10 @@ def test_without_such_a_product_the_call_stays_one() -> None:
 
 def test_copies_of_the_inputs_are_refused() -> None:
     """What travels is read until the end: memory that is given back before would be wrong."""
-    pool = [torch.zeros(4096).double().share_memory_() for _ in range(4)]
+    memory = SharedMemory(2, 4096, torch.float64)
 
     def rank_main(rank: int) -> None:
-        prepare_rank(2, pool)
+        memory.enter()
         qkv = [torch.randn(1, ROWS, HEADS, CHANNELS).double() for _ in range(3)]
         begin = torch.ops.xfuser_runtime.symmetric_ulysses_begin
         end = torch.ops.xfuser_runtime.symmetric_ulysses_end

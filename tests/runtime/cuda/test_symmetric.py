@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 from tests.ranks import run_ranks
 from tests.runtime.attention.harness import relative_error
-from xfuser_runtime.config import EngineConfig, ParallelConfig
-from xfuser_runtime.cuda import symmetric, ways
-from xfuser_runtime.cuda.peer_memory import Workspace, is_usable
+from tests.runtime.cuda.shared_memory import SharedMemory
+from xfuser_runtime.cuda import exchange, symmetric, ways
+from xfuser_runtime.cuda.peer_memory import is_usable
 from xfuser_runtime.cuda.ways import WAYS, Mover, Way, different, head_parts
-from xfuser_runtime.distributed.launch import prepare_environment
 from xfuser_runtime.distributed.parallel_state import Group
 
 
@@ -44,31 +40,18 @@ def on_ranks(
         skip: a sabotage: the last part of the heads is left out.
         swap: a sabotage: the ranks mix up their heads.
     """
-    degree, numel = len(lengths), 3 * qkv[0].numel()
-    nothing = torch.full((numel,), float("nan"), dtype=qkv[0].dtype)
-    # One for each rank and workspace, before the ranks are forked.
-    pool = [nothing.clone().share_memory_() for _ in range(2 * degree)]
-
-    def allocate(count: int, dtype: torch.dtype, group: Group) -> Workspace:
-        first = len(used) * degree
-        used.append(count)
-        flat = tuple(pool[first + rank][:count] for rank in range(degree))
-        barrier = SimpleNamespace(barrier=lambda channel: dist.barrier())
-        return Workspace(flat, barrier)
-
-    used: list[int] = []
+    degree = len(lengths)
+    memory = SharedMemory(degree, 3 * qkv[0].numel(), qkv[0].dtype)
 
     def rank_main(rank: int) -> list[torch.Tensor]:
-        degrees = ParallelConfig(ulysses_degree=degree)
-        prepare_environment(EngineConfig(degrees, world_size=degree))
-        symmetric.allocate = allocate  # type: ignore[assignment]
+        memory.enter()
         symmetric.WAY = way
         if skip is not None:
-            cut = symmetric.head_parts
-            symmetric.head_parts = lambda *a: cut(*a)[:skip]  # type: ignore[assignment]
+            cut = exchange.head_parts
+            exchange.head_parts = lambda *a: cut(*a)[:skip]  # type: ignore[assignment]
         if swap:
-            heads = symmetric._Call._heads
-            symmetric._Call._heads = (  # type: ignore[method-assign]
+            heads = exchange.Exchange._heads
+            exchange.Exchange._heads = (  # type: ignore[method-assign]
                 lambda call, x, part, source: heads(call, x, part, degree - 1 - source)
             )
         start = sum(lengths[:rank])
