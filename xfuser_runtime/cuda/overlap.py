@@ -17,7 +17,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+from xfuser_runtime.cuda.products import GELU_PRODUCT
+
+#: Matrix products, with the place of their rows among the arguments.
+_PRODUCTS: dict[Any, int] = {
+    torch.ops.aten.mm.default: 0,
+    torch.ops.aten.addmm.default: 1,
+    GELU_PRODUCT: 0,
+}
 #: Operators whose calls all ranks make in one order.
 _COLLECTIVES = ("xfuser_runtime", "_c10d_functional", "symm_mem")
 
@@ -88,9 +95,9 @@ def _is_movable(node: Node) -> bool:
 
 def _sizes(product: Node) -> tuple[int, int, int]:
     """Rows, inner extent and columns of a matrix product."""
-    matrix: Any = product.args[-1]
-    rows, columns = _shape(product)
-    return rows, _shape(matrix)[0], columns
+    rows: Any = product.args[_PRODUCTS[product.target]]
+    *before, columns = _shape(product)
+    return math.prod(before), _shape(rows)[-1], columns
 
 
 def _shape(node: Any) -> list[int]:

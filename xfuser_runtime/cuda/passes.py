@@ -4,10 +4,36 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx import Graph
 
-from xfuser_runtime.cuda import overlap, stacked, symmetric
+from xfuser_runtime.cuda import (
+    kernel,
+    nodes,
+    overlap,
+    products,
+    rotary,
+    stacked,
+    symmetric,
+)
+
+
+class CodePass(CustomGraphPass):
+    """Puts larger operations in place of those that the block's code calls."""
+
+    def __call__(self, graph: Graph) -> None:
+        """Rewrite the graph of a block in place."""
+        if torch.is_grad_enabled():
+            # The operations are for inference.
+            return
+        products.take_in_gelu(graph)
+        products.take_in_joining(graph)
+        rotary.rotate_at_once(graph)
+
+    def uuid(self) -> Any:
+        """Of this code, for the cache of compiled graphs."""
+        return _hash_of(kernel, nodes, products, rotary)
 
 
 class BlockPass(CustomGraphPass):
@@ -20,13 +46,17 @@ class BlockPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Of this code, for the cache of compiled graphs."""
-        sources = (__file__, overlap.__file__, stacked.__file__, symmetric.__file__)
-        return get_hash_for_files(sources)
+        return _hash_of(overlap, stacked, symmetric)
+
+
+def _hash_of(*modules: Any) -> Any:
+    return get_hash_for_files((__file__, *(module.__file__ for module in modules)))
 
 
 #: Options of `torch.compile` for blocks: one object, since code is shared by blocks that were
 #: compiled with equal options.
 OPTIONS: dict[str, Any] = {
+    "pre_grad_custom_pass": CodePass(),
     "post_grad_custom_post_pass": BlockPass(),
     # It would undo the order that the pass makes.
     "reorder_for_peak_memory": False,

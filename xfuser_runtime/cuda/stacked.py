@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from torch.fx import Graph, Node
 
+from xfuser_runtime.cuda.kernel import kernel
+
 #: diffusers' names of the projections that may read the same rows, in the order of their use.
 _PROJECTIONS = (
     ("to_q", "to_k", "to_v"),
@@ -75,7 +77,7 @@ def stack_products(graph: Graph) -> None:
             _replace(graph, group)
 
 
-@torch.library.custom_op("xfuser_runtime::stacked_product", mutates_args=())
+@kernel("stacked_product")
 def stacked_product(
     rows: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
 ) -> torch.Tensor:
@@ -152,7 +154,7 @@ def _replace(graph: Graph, group: Sequence[_Projection]) -> None:
     with graph.inserting_before(group[0].node):
         stacked = _new(
             graph,
-            torch.ops.xfuser_runtime.stacked_product.default,
+            torch.ops.xfuser_kernels.stacked_product.default,
             group[0].rows,
             weights,
             biases,

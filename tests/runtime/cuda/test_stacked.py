@@ -17,7 +17,7 @@ from xfuser_runtime.cuda import stacked
 from xfuser_runtime.cuda.passes import BlockPass
 from xfuser_runtime.cuda.stacked import Layout, lay_out, stack_products
 
-STACKED = torch.ops.xfuser_runtime.stacked_product.default
+STACKED = torch.ops.xfuser_kernels.stacked_product.default
 
 
 class Projections(nn.Module):

@@ -1,0 +1,40 @@
+"""Blocks with the operations that GPUs get in the place of what their code calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from xfuser_runtime.cuda.passes import CodePass
+
+
+def rewritten(call: Callable[..., Any]) -> tuple[Callable[..., Any], list[Node]]:
+    """A function whose graph is rewritten when it is called, and the operations then in it."""
+    kernels: list[Node] = []
+
+    def backend(graph: GraphModule, inputs: Any) -> GraphModule:
+        CodePass()(graph.graph)
+        graph.graph.lint()
+        graph.recompile()
+        kernels.extend(
+            x for x in graph.graph.nodes if "xfuser_kernels" in str(x.target)
+        )
+        return graph
+
+    torch.compiler.reset()
+    return torch.compile(call, backend=backend, fullgraph=True), kernels
+
+
+def check(call: Callable[..., Any], *arguments: Any) -> list[Node]:
+    """The operations in the rewritten call, which gives what the call gives."""
+    made, kernels = rewritten(call)
+    torch.testing.assert_close(made(*arguments), call(*arguments))
+    return kernels
+
+
+def names(kernels: list[Node]) -> list[str]:
+    """What the operations are called, in alphabetical order."""
+    return sorted(str(kernel.target).split(".")[1] for kernel in kernels)

@@ -1,0 +1,149 @@
+"""Products that take in a GELU behind them or the joining before them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.runtime.cuda.rewritten import check, names, rewritten
+from xfuser_runtime.cuda import products
+from xfuser_runtime.cuda.passes import CodePass
+
+ROWS = 256
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+
+
+class FeedForward(nn.Module):
+    """A feed-forward layer as diffusers writes them: (B, S, C) to (B, S, C)."""
+
+    def __init__(self, approximate: str = "tanh", bias: bool = True) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 32, bias=bias), nn.Linear(32, 8)
+        self.approximate = approximate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(F.gelu(self.up(x), approximate=self.approximate))
+
+
+class Joined(nn.Module):
+    """Two tensors that are joined by channels and multiplied once."""
+
+    def __init__(self, bias: bool = True, channels: int = 8) -> None:
+        super().__init__()
+        self.out = nn.Linear(2 * channels, 8, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(torch.cat([x, x.sin()], dim=2))
+
+
+def rows(channels: int = 8, count: int = ROWS) -> torch.Tensor:
+    return torch.randn(2, count // 2, channels)
+
+
+def test_a_gelu_behind_a_product() -> None:
+    assert names(check(FeedForward(), rows())) == ["gelu_product"]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_joining_before_a_product(bias: bool) -> None:
+    assert names(check(Joined(bias), rows())) == ["joined_product"]
+
+
+def test_a_lost_part_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sabotage: the product of the first part alone."""
+    module, x = Joined(), rows()
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda out, *_: out)
+    call, _ = rewritten(module)
+    found, expected = call(x), module(x)
+    assert (found - expected).norm() > 1e-2 * expected.norm()
+
+
+class Shared(FeedForward):
+    """Others read what the product makes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up = self.up(x)
+        return self.down(F.gelu(up, approximate="tanh")) + up[..., :8]
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        FeedForward("none"),
+        FeedForward(bias=False),
+        Shared(),
+        Joined(channels=4),
+    ],
+)
+def test_others_stay(module: nn.Module) -> None:
+    assert not check(module, rows(4 if isinstance(module, Joined) else 8))
+
+
+def test_few_rows_are_joined() -> None:
+    assert not check(Joined(), rows(count=ROWS - 2))
+
+
+def test_nothing_changes_under_autocast_or_with_gradients() -> None:
+    module, x = FeedForward(), rows()
+    with torch.autocast("cpu", torch.bfloat16):
+        call, kernels = rewritten(module)
+        assert call(x).dtype == module(x).dtype == torch.bfloat16
+    with torch.enable_grad():
+        call, more = rewritten(module)
+        call(x).sum().backward()
+    assert not kernels and not more
+    assert module.up.weight.grad is not None
+
+
+def test_the_pass_has_a_key_for_the_cache_of_compiled_code() -> None:
+    assert CodePass().uuid() == CodePass().uuid()
+
+
+def stock_gelu(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return F.gelu(F.linear(x, w, b), approximate="tanh")
+
+
+def stock_joined(
+    x: torch.Tensor, y: torch.Tensor, w: torch.Tensor, b: torch.Tensor
+) -> torch.Tensor:
+    return F.linear(torch.cat([x, y], -1), w, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    ("kernel", "stock", "shapes"),
+    [
+        (products.gelu_product, stock_gelu, [(3, 100, 64), (256, 64), (256,)]),
+        (
+            products.joined_product,
+            stock_joined,
+            [(3, 100, 64), (3, 100, 128), (256, 192), (256,)],
+        ),
+    ],
+)
+def test_on_a_gpu(
+    kernel: Callable[..., torch.Tensor],
+    stock: Callable[..., torch.Tensor],
+    shapes: list[tuple[int, ...]],
+    dtype: torch.dtype,
+) -> None:
+    """As near to the result in doubles as the operations one by one are."""
+    given = [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
+    expected = stock(*(x.double() for x in given))
+
+    def error(found: torch.Tensor) -> float:
+        return float((found - expected).norm() / expected.norm())
+
+    assert error(kernel(*given)) < 1.5 * error(stock(*given)) + 1e-6

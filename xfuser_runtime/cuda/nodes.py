@@ -1,0 +1,76 @@
+"""What the nodes of a block's graph hold, as the block's code wrote it.
+
+Before the compiler takes a block apart its graph names the functions that the code called. The
+value of a node is a tensor without data, in its `meta`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Graph, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def value_of(node: Any) -> torch.Tensor | None:
+    """The tensor that a node stands for, None where it is not a plain one."""
+    value = node.meta.get("example_value") if isinstance(node, Node) else None
+    if not isinstance(value, torch.Tensor) or is_traceable_wrapper_subclass(value):
+        return None
+    return value
+
+
+def is_call(node: Any, *functions: Callable[..., Any] | str) -> bool:
+    """Whether a node calls one of these functions, or methods by name."""
+    return isinstance(node, Node) and node.target in functions
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, however it was given."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def item_of(node: Any, index: int) -> Node | None:
+    """The sequence of tensors that a node takes the item at `index` from."""
+    if is_call(node, operator.getitem) and node.args[1] == index:
+        found: Node = node.args[0]
+        return found
+    return None
+
+
+def linear_arguments(node: Any) -> tuple[Node, Node, Node | None] | None:
+    """Rows, weight and bias of a linear function of plain tensors of one type."""
+    if not is_call(node, F.linear):
+        return None
+    rows, weight = argument(node, 0, "input"), argument(node, 1, "weight")
+    bias = argument(node, 2, "bias")
+    values = [value_of(x) for x in (node, rows, weight, bias) if x is not None]
+    # Under autocast the function computes in another type than an operator would.
+    if (
+        any(x is None for x in values)
+        or len({x.dtype for x in values if x is not None}) > 1
+    ):
+        return None
+    return rows, weight, bias
+
+
+def extent(size: Any) -> int:
+    """An extent; of a symbolic one that of the call that was traced."""
+    hint: int = size if isinstance(size, int) else size.node.hint
+    return hint
+
+
+def replace_call(graph: Graph, node: Node, target: Any, *args: Any) -> Node:
+    """Let `target` compute what `node` did; nodes that nobody uses then go."""
+    with graph.inserting_before(node):
+        new = graph.call_function(target, args)
+    new.meta["example_value"] = node.meta["example_value"]
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    return new
