@@ -11,6 +11,7 @@ from torch.fx import Graph
 from xfuser_runtime.cuda import (
     kernel,
     nodes,
+    norms,
     overlap,
     products,
     rotary,
@@ -30,10 +31,11 @@ class CodePass(CustomGraphPass):
         products.take_in_gelu(graph)
         products.take_in_joining(graph)
         rotary.rotate_at_once(graph)
+        norms.modulate_at_once(graph)
 
     def uuid(self) -> Any:
         """Of this code, for the cache of compiled graphs."""
-        return _hash_of(kernel, nodes, products, rotary)
+        return _hash_of(kernel, nodes, norms, products, rotary)
 
 
 class BlockPass(CustomGraphPass):
