@@ -31,7 +31,17 @@ def modulate_at_once(graph: Graph) -> None:
     graph.eliminate_dead_code()
 
 
-@kernel("modulated_norm")
+def _empty_modulated_norm(
+    parts: Sequence[torch.Tensor],
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+) -> torch.Tensor:
+    batch, _, channels = parts[0].shape
+    return parts[0].new_empty(batch, sum(part.shape[1] for part in parts), channels)
+
+
+@kernel("modulated_norm", fake=_empty_modulated_norm)
 def modulated_norm(
     parts: Sequence[torch.Tensor],
     scale: torch.Tensor,
@@ -51,17 +61,6 @@ def modulated_norm(
         return launch(parts, scale, shift, eps)
     rows = torch.cat(list(parts), dim=1)
     return F.layer_norm(rows, rows.shape[-1:], eps=eps) * (1 + scale) + shift
-
-
-@modulated_norm.register_fake
-def _(
-    parts: Sequence[torch.Tensor],
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    eps: float,
-) -> torch.Tensor:
-    batch, _, channels = parts[0].shape
-    return parts[0].new_empty(batch, sum(part.shape[1] for part in parts), channels)
 
 
 def _as_modulated_norm(node: Any) -> tuple[list[Node], Node, Node, float] | None:

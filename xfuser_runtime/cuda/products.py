@@ -67,7 +67,13 @@ def take_in_joining(graph: Graph) -> None:
         graph.erase_node(joined)
 
 
-@kernel("gelu_product")
+def _empty_gelu_product(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    return rows.new_empty(*rows.shape[:-1], weight.shape[0])
+
+
+@kernel("gelu_product", fake=_empty_gelu_product)
 def gelu_product(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
@@ -87,7 +93,16 @@ def gelu_product(
     return out.view(*rows.shape[:-1], len(weight))
 
 
-@kernel("joined_product")
+def _empty_joined_product(
+    first: torch.Tensor,
+    second: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    return first.new_empty(*first.shape[:-1], weight.shape[0])
+
+
+@kernel("joined_product", fake=_empty_joined_product)
 def joined_product(
     first: torch.Tensor,
     second: torch.Tensor,
@@ -109,21 +124,6 @@ def joined_product(
 
 #: As it stands in the graph of a block.
 GELU_PRODUCT = torch.ops.xfuser_kernels.gelu_product.default
-
-
-@gelu_product.register_fake
-def _(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return rows.new_empty(*rows.shape[:-1], weight.shape[0])
-
-
-@joined_product.register_fake
-def _(
-    first: torch.Tensor,
-    second: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    return first.new_empty(*first.shape[:-1], weight.shape[0])
 
 
 def _joined_channels(node: Node) -> list[Node] | None:

@@ -42,7 +42,20 @@ def rotate_at_once(graph: Graph) -> None:
     graph.eliminate_dead_code()
 
 
-@kernel("rotated_heads")
+def _empty_rotated_heads(
+    parts: Sequence[torch.Tensor],
+    weights: Sequence[torch.Tensor],
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+) -> torch.Tensor:
+    shape = list(parts[0].shape)
+    dim = token_dim(cos)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return parts[0].new_empty(shape)
+
+
+@kernel("rotated_heads", fake=_empty_rotated_heads)
 def rotated_heads(
     parts: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
@@ -71,20 +84,6 @@ def rotated_heads(
     real, imaginary = heads.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
     return (heads.float() * cos + turned.float() * sin).to(heads.dtype)
-
-
-@rotated_heads.register_fake
-def _(
-    parts: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    eps: float,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-) -> torch.Tensor:
-    shape = list(parts[0].shape)
-    dim = token_dim(cos)
-    shape[dim] = sum(part.shape[dim] for part in parts)
-    return parts[0].new_empty(shape)
 
 
 def token_dim(cos: torch.Tensor) -> int:

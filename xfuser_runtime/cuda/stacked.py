@@ -77,7 +77,13 @@ def stack_products(graph: Graph) -> None:
             _replace(graph, group)
 
 
-@kernel("stacked_product")
+def _empty_stacked_product(
+    rows: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    return rows.new_empty(rows.shape[0], sum(x.shape[0] for x in weights))
+
+
+@kernel("stacked_product", fake=_empty_stacked_product)
 def stacked_product(
     rows: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
 ) -> torch.Tensor:
@@ -99,13 +105,6 @@ def stacked_product(
         else:
             torch.mm(rows, weights[index].t(), out=part)
     return out
-
-
-@stacked_product.register_fake
-def _(
-    rows: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
-) -> torch.Tensor:
-    return rows.new_empty(rows.shape[0], sum(x.shape[0] for x in weights))
 
 
 class _Projection:
