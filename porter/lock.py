@@ -74,7 +74,8 @@ class Lock:
 
         Args:
             name: of the port.
-            modes: proven modes, each with what was measured.
+            modes: what is proven, each with what was measured by mode; what other modes
+                measured of the same stays.
             refuted: modes that are not proven to what was wrong.
         """
         refuted = refuted or {}
@@ -83,9 +84,11 @@ class Lock:
         old = entry.get("proofs")
         if not old or old["key"] != key:
             old = {"modes": {}}
+        kept = _except(old["modes"], refuted)
+        added = {proof: {**kept.get(proof, {}), **modes[proof]} for proof in modes}
         proofs = {
             "key": key,
-            "modes": {**_except(old["modes"], refuted), **modes},
+            "modes": {**kept, **added},
             "refuted": {**_except(old.get("refuted", {}), modes), **refuted},
         }
         return replace(self, ports={**self.ports, name: {**entry, "proofs": proofs}})

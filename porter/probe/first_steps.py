@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from porter.probe.capture import TransformerCall, first_step_calls
+from porter.probe.capture import (
+    TransformerCall,
+    called_each_step,
+    first_step_calls,
+)
 from porter.shrink import call_kwargs, image_sizes
 from porter.verify.hooks import denoisers
 
@@ -64,6 +68,12 @@ class FirstSteps:
         known = {call.component for call in self.calls(0, 0, 1, guidance)}
         calls = self._made(size, text, batch_size, guidance, more, known)
         return first_of_each(calls)
+
+    def called_each_step(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Those of the components `names` that each step of a call calls."""
+        kwargs = call_kwargs(self._pipeline, num_inference_steps=4)
+        with self._encoding_once():
+            return called_each_step(self._pipeline, kwargs, names)
 
     def _made(
         self,

@@ -15,6 +15,7 @@ from porter.parsed import ParsedModule
 from porter.probe.capture import TransformerCall, copied
 from porter.probe.instrument import Probes, instrumented_forward
 from porter.probe.leaves import leaf_shapes
+from porter.verify.hooks import AttentionCall, replaced_attention
 
 Shapes = dict[str, dict[str, tuple[int, ...]]]
 """Shape of every tensor, by variable and path."""
@@ -43,7 +44,10 @@ def run_loops(
     loops: tuple[BlockLoop, ...],
     call: TransformerCall,
 ) -> dict[str, LoopRun]:
-    """One instrumented forward; what each loop saw, by block list."""
+    """One instrumented forward; what each loop saw, by block list.
+
+    Shapes alone are looked at, so attention, most of the cost, computes nothing.
+    """
     seen: dict[str, LoopRun] = {}
     by_blocks = {loop.blocks: loop for loop in loops}
 
@@ -64,9 +68,15 @@ def run_loops(
     function = instrumented_forward(
         source, forward, loops, model, Probes(before, inside)
     )
-    with torch.no_grad():
+    with torch.no_grad(), replaced_attention(_blank):
         function(**copied(call.arguments))
     return seen
+
+
+def _blank(call: AttentionCall) -> torch.Tensor:
+    """A result of the shape that a call of attention gives."""
+    shape = (*call.query.shape[:-1], call.value.shape[-1])
+    return call.query.new_zeros(shape)
 
 
 def _bound(wanted: Iterable[str], names: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from porter.analysis.facts import PipelineFacts, TransformerFacts
 from porter.errors import Refusal
 from porter.parsed import ParsedModule
 from porter.probe.call_processors import with_call_processors
-from porter.probe.capture import TransformerCall, called_each_step
+from porter.probe.capture import TransformerCall
 from porter.probe.first_steps import FirstSteps
 from porter.probe.guidance import BATCHES, Guidance, measure_guidance
 from porter.probe.helpers import models_on_latents
@@ -47,7 +47,7 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
     with upstream_runs(pipeline_class):
         guidance, runs = _measured_runs(pipeline, steps)
         batched = _batched_runs(steps)
-        called = _called_each_step(pipeline, runs[0])
+        called = _called_each_step(steps, runs[0])
         kwargs_of = functools.partial(call_kwargs, pipeline, num_inference_steps=2)
         helpers = models_on_latents(pipeline, kwargs_of, called)
     transformers = {
@@ -77,11 +77,10 @@ def probe_pipeline(pipeline_class: type, parsed_of: ParsedOf) -> PipelineFacts:
     )
 
 
-def _called_each_step(pipeline: Any, calls: Iterable[str]) -> tuple[str, ...]:
+def _called_each_step(steps: FirstSteps, calls: Iterable[str]) -> tuple[str, ...]:
     """Those of the called components, besides transformers, that each step calls."""
     names = tuple(name for name in calls if not is_transformer(name))
-    kwargs = call_kwargs(pipeline, num_inference_steps=4)
-    return called_each_step(pipeline, kwargs, names) if names else ()
+    return steps.called_each_step(names) if names else ()
 
 
 def _transformer_facts(

@@ -29,6 +29,12 @@ def test_a_proof_stays_while_its_key_holds() -> None:
     assert set(more.ports["P"]["proofs"]["modes"]) == {"cfg", "ring"}
 
 
+def test_other_modes_of_a_proof_stay() -> None:
+    lock = Lock({}).with_port("P", ENTRY).with_proofs("P", {"ring": {"ring2": {}}})
+    more = lock.with_proofs("P", {"ring": {"ring4": {}}})
+    assert set(more.ports["P"]["proofs"]["modes"]["ring"]) == {"ring2", "ring4"}
+
+
 @pytest.mark.parametrize("change", [{"outputs": {"a.py": "2"}}, {"diffusers": "0.2"}])
 def test_a_proof_goes_with_outputs_or_diffusers(change: dict[str, Any]) -> None:
     assert proven().with_port("P", {**ENTRY, **change}).ports["P"]["proofs"] is None
