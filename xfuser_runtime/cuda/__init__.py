@@ -1,4 +1,4 @@
-"""What only GPUs reach: memory that ranks share, and work beside what travels.
+"""What only GPUs reach: shared memory, work beside what travels, larger operations in blocks.
 
 Nothing here is imported on a machine without CUDA, so proofs made on CPU do not depend on it. The
 tests marked `gpu` and `benchmarks.exchange` hold it to what the rest computes.

@@ -6,6 +6,7 @@ value of a node is a tensor without data, in its `meta`.
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+_WRITING = frozenset(
+    getattr(operator, name)
+    for name in (
+        *("iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod", "imul"),
+        *("ior", "ipow", "irshift", "isub", "itruediv", "ixor", "setitem", "delitem"),
+    )
+)
 
 
 def value_of(node: Any) -> torch.Tensor | None:
@@ -66,11 +75,52 @@ def extent(size: Any) -> int:
     return hint
 
 
-def replace_call(graph: Graph, node: Node, target: Any, *args: Any) -> Node:
-    """Let `target` compute what `node` did; nodes that nobody uses then go."""
+def replace_call(
+    graph: Graph, first: Node, node: Node, target: Any, *args: Any
+) -> bool:
+    """Let `target` compute what `node` did; False where something is written to in between.
+
+    What `node` was made of stays; the compiler, which knows what writes, drops what nobody reads.
+
+    Args:
+        graph: of the block.
+        first: the first node that read what `target` reads at the place of `node`.
+        node: to be replaced.
+        target: an operator.
+        *args: its arguments.
+    """
+    nodes = list(graph.nodes)
+    if any(map(_writes, nodes[nodes.index(first) : nodes.index(node)])):
+        return False
     with graph.inserting_before(node):
         new = graph.call_function(target, args)
     new.meta["example_value"] = node.meta["example_value"]
     node.replace_all_uses_with(new)
     graph.erase_node(node)
-    return new
+    return True
+
+
+def _writes(node: Node) -> bool:
+    """Whether a node may write to a tensor, by how torch names what does."""
+    if node.kwargs.get("out") is not None or node.kwargs.get("inplace"):
+        return True
+    if node.op not in ("call_method", "call_function"):
+        # What is called otherwise is not looked into.
+        return node.op not in ("placeholder", "get_attr", "output")
+    name = getattr(node.target, "__name__", str(node.target))
+    is_dunder = name.startswith("__") and name.endswith("__")
+    if node.target in _WRITING or (name.endswith("_") and not is_dunder):
+        return True
+    if isinstance(node.target, torch._ops.OpOverload):
+        return bool(node.target._schema.is_mutable)
+    return _is_in_place(node)
+
+
+def _is_in_place(node: Node) -> bool:
+    """Whether a call's argument `inplace`, given by its place, says so."""
+    try:
+        signature = inspect.signature(node.target)  # type: ignore[arg-type]
+        given = signature.bind(*node.args, **node.kwargs).arguments
+    except (TypeError, ValueError):
+        return False
+    return bool(given.get("inplace"))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,12 +24,11 @@ from xfuser_runtime.cuda.nodes import argument, is_call, replace_call, value_of
 
 def modulate_at_once(graph: Graph) -> None:
     """Let one operation make each modulated norm in `graph`, in place."""
+    target = torch.ops.xfuser_kernels.modulated_norm.default
     for node in list(graph.nodes):
         found = _as_modulated_norm(node)
         if found is not None:
-            target = torch.ops.xfuser_kernels.modulated_norm.default
-            replace_call(graph, node, target, *found)
-    graph.eliminate_dead_code()
+            replace_call(graph, found.first, node, target, *found.arguments)
 
 
 def _empty_modulated_norm(
@@ -63,8 +63,16 @@ def modulated_norm(
     return F.layer_norm(rows, rows.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
-def _as_modulated_norm(node: Any) -> tuple[list[Node], Node, Node, float] | None:
-    """Parts, scale, shift and epsilon of the modulated norm that a node is."""
+@dataclass(frozen=True)
+class _ModulatedNorm:
+    """A norm with shift and scale: the first node that reads its rows, and the arguments."""
+
+    first: Node
+    arguments: tuple[list[Node], Node, Node, float]
+
+
+def _as_modulated_norm(node: Any) -> _ModulatedNorm | None:
+    """The modulated norm that a node is."""
     if not is_call(node, operator.add):
         return None
     product, shift = node.args
@@ -80,12 +88,12 @@ def _as_modulated_norm(node: Any) -> tuple[list[Node], Node, Node, float] | None
         return None
     if not _is_of(node, rows, scale, shift, argument(norm, 1, "normalized_shape")):
         return None
-    parts = [rows]
+    first, parts = norm, [rows]
     if is_call(rows, torch.cat) and argument(rows, 1, "dim", 0) == 1:
-        parts = list(argument(rows, 0, "tensors"))
+        first, parts = rows, list(argument(rows, 0, "tensors"))
     if any(part.op != "placeholder" for part in parts):
         return None
-    return parts, scale, shift, eps
+    return _ModulatedNorm(first, (parts, scale, shift, eps))
 
 
 def _is_of(result: Node, rows: Any, scale: Any, shift: Any, shape: Any) -> bool:

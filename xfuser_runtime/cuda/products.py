@@ -28,6 +28,8 @@ from xfuser_runtime.cuda.nodes import (
 
 #: Fewer rows are joined faster than a second product starts.
 MIN_ROWS = 256
+#: Fewer columns are decisions (a router's), which should not hang on one rounding more.
+MIN_COLUMNS = 256
 #: Channels of each part: others make products of weights that lie at odd addresses.
 MULTIPLE = 8
 
@@ -40,31 +42,23 @@ def take_in_gelu(graph: Graph) -> None:
         product = argument(node, 0, "input")
         arguments = linear_arguments(product)
         is_tanh = argument(node, 1, "approximate", "none") == "tanh"
-        if not is_tanh or arguments is None or len(product.users) > 1:
-            continue
-        rows, weight, bias = arguments
-        if bias is not None:
-            replace_call(graph, node, GELU_PRODUCT, rows, weight, bias)
-            graph.erase_node(product)
+        has_bias = arguments is not None and arguments[2] is not None
+        if is_tanh and arguments is not None and has_bias and len(product.users) == 1:
+            replace_call(graph, product, node, GELU_PRODUCT, *arguments)
 
 
 def take_in_joining(graph: Graph) -> None:
     """Let the products in `graph` of two tensors joined by channels take both, in place."""
+    target = torch.ops.xfuser_kernels.joined_product.default
     for node in list(graph.nodes):
         arguments = linear_arguments(node)
         parts = None if arguments is None else _joined_channels(arguments[0])
-        if arguments is None or parts is None:
+        product = value_of(node)
+        if arguments is None or parts is None or product is None:
             continue
-        joined, weight, bias = arguments
-        replace_call(
-            graph,
-            node,
-            torch.ops.xfuser_kernels.joined_product.default,
-            *parts,
-            weight,
-            bias,
-        )
-        graph.erase_node(joined)
+        if product.shape[-1] >= MIN_COLUMNS:
+            joined, *held = arguments
+            replace_call(graph, joined, node, target, *parts, *held)
 
 
 def _empty_gelu_product(

@@ -24,22 +24,19 @@ from xfuser_runtime.cuda.nodes import argument, is_call, item_of, replace_call, 
 
 def rotate_at_once(graph: Graph) -> None:
     """Let one operation make each rotary embedding in `graph`, and its norms, in place."""
+    target = torch.ops.xfuser_kernels.rotated_heads.default
+    order = {node: index for index, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
         found = _as_rotation(node)
         if found is None:
             continue
         parts, weights, eps = _norms_of(found)
-        replace_call(
-            graph,
-            node,
-            torch.ops.xfuser_kernels.rotated_heads.default,
-            parts,
-            weights,
-            eps,
-            found.cos,
-            found.sin,
-        )
-    graph.eliminate_dead_code()
+        # Whoever reads a part, the heads or the angles first.
+        read = [*parts, found.heads, found.cos, found.sin]
+        readers = {user for x in read for user in x.users} & order.keys()
+        first = min(readers, key=order.__getitem__)
+        by = (found.cos, found.sin)
+        replace_call(graph, first, node, target, parts, weights, eps, *by)
 
 
 def _empty_rotated_heads(

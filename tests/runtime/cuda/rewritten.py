@@ -11,7 +11,9 @@ from torch.fx import GraphModule, Node
 from xfuser_runtime.cuda.passes import CodePass
 
 
-def rewritten(call: Callable[..., Any]) -> tuple[Callable[..., Any], list[Node]]:
+def rewritten(
+    call: Callable[..., Any], fullgraph: bool = True
+) -> tuple[Callable[..., Any], list[Node]]:
     """A function whose graph is rewritten when it is called, and the operations then in it."""
     kernels: list[Node] = []
 
@@ -25,7 +27,7 @@ def rewritten(call: Callable[..., Any]) -> tuple[Callable[..., Any], list[Node]]
         return graph
 
     torch.compiler.reset()
-    return torch.compile(call, backend=backend, fullgraph=True), kernels
+    return torch.compile(call, backend=backend, fullgraph=fullgraph), kernels
 
 
 def check(call: Callable[..., Any], *arguments: Any) -> list[Node]:

@@ -178,8 +178,9 @@ def whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return F.scaled_dot_product_attention(*heads).transpose(1, 2)
 
 
-def test_all_passes_on_a_compiled_block() -> None:
+def test_all_passes_on_a_compiled_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks, by the compiler: what each operation reads is there when it reads it."""
+    monkeypatch.setattr(products, "MIN_COLUMNS", WIDTH)
     torch.manual_seed(0)
     rows, degree = products.MIN_ROWS, 2
     block, memory = Block().eval(), SharedMemory(degree, 2**16, torch.float32)

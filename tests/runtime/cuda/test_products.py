@@ -17,7 +17,8 @@ ROWS = 256
 
 
 @pytest.fixture(autouse=True)
-def inference() -> Iterator[None]:
+def inference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(products, "MIN_COLUMNS", 8)
     torch.manual_seed(0)
     with torch.no_grad():
         yield
@@ -87,6 +88,38 @@ class Shared(FeedForward):
 )
 def test_others_stay(module: nn.Module) -> None:
     assert not check(module, rows(4 if isinstance(module, Joined) else 8))
+
+
+class Writing(FeedForward):
+    """Something is written to beside the product."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = x * 2
+        out[..., :2].addcmul_(x[..., 2:4], x[..., 4:6])
+        return super().forward(out)
+
+
+def test_what_is_written_beside_stays_written() -> None:
+    assert names(check(Writing(), rows())) == ["gelu_product"]
+
+
+class WritingBetween(Joined):
+    """A part is written to once it is joined."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        part = x * 2
+        joined = torch.cat([x, part], dim=2)
+        part.add_(1)
+        return self.out(joined) + part[..., :1]
+
+
+def test_what_is_written_to_in_between_stays() -> None:
+    assert not check(WritingBetween(), rows())
+
+
+def test_few_columns_are_left_to_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "MIN_COLUMNS", 9)
+    assert not check(Joined(), rows())
 
 
 def test_few_rows_are_joined() -> None:

@@ -16,13 +16,15 @@ from torch import nn
 from torch.fx import Node
 
 from tests.runtime.cuda.rewritten import check, names
+from xfuser_runtime.cuda import products
 from xfuser_runtime.cuda.rotary import rotated_heads
 
 BATCH, TEXT, IMAGE, HEADS, CHANNELS = 2, 5, 9, 3, 8
 
 
 @pytest.fixture(autouse=True)
-def inference() -> Iterator[None]:
+def inference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(products, "MIN_COLUMNS", 1)
     torch.manual_seed(0)
     with torch.no_grad():
         yield
@@ -95,6 +97,21 @@ class Read(nn.Module):
     ) -> torch.Tensor:
         normed = self.norm(x)
         return apply_rotary_emb(normed, (cos, sin), sequence_dim=1) + normed
+
+
+def test_heads_that_share_their_angles() -> None:
+    def call(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor:
+        cos, sin = cos[None, :, None], sin[None, :, None]
+        return turned(q, cos, sin) + turned(k, cos, sin)
+
+    def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        real, imaginary = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
+        pairs = torch.stack([-imaginary, real], dim=-1).flatten(3)
+        return (x.float() * cos + pairs.float() * sin).to(x.dtype)
+
+    assert parts(check(call, heads(), heads(), *angles())) == [(1, 0), (1, 0)]
 
 
 def test_norms_that_others_read_stay() -> None:
