@@ -295,8 +295,11 @@ def test_a_compiled_transformer(workshop: Workshop, before: bool) -> None:
     def body(rank: int, pipe: Any) -> Any:
         if not before:
             compile_it(pipe)
+        # The process that ranks are forked from may have compiled for other tests.
+        counted = torch._dynamo.utils.counters["stats"]
+        counted.clear()
         output = call(pipe)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+        assert 1 <= counted["unique_graphs"] <= 2
         return output
 
     first = (lambda rank, pipe: compile_it(pipe)) if before else None
