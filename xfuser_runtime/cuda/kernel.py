@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,3 +32,25 @@ def kernel(name: str, fake: Callable[..., torch.Tensor]) -> Callable[[Any], Any]
         return function
 
     return register
+
+
+def empty_joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """An empty result of the shape that the parts have once they are joined along `dim`."""
+    shape = list(parts[0].shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return parts[0].new_empty(shape)
+
+
+def places(
+    parts: Sequence[torch.Tensor], out: torch.Tensor, dim: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """Each part, its place in the joined result and where that begins along `dim`.
+
+    The last dimension of a part lies densely, which kernels count on.
+    """
+    first = 0
+    for part in parts:
+        dense = part if part.stride(-1) == 1 else part.contiguous()
+        length = part.shape[dim]
+        yield dense, out.narrow(dim, first, length), first
+        first += length

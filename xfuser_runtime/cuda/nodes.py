@@ -77,8 +77,8 @@ def extent(size: Any) -> int:
 
 def replace_call(
     graph: Graph, first: Node, node: Node, target: Any, *args: Any
-) -> bool:
-    """Let `target` compute what `node` did; False where something is written to in between.
+) -> None:
+    """Let `target` compute what `node` did, unless something is written to in between.
 
     What `node` was made of stays; the compiler, which knows what writes, drops what nobody reads.
 
@@ -91,13 +91,12 @@ def replace_call(
     """
     nodes = list(graph.nodes)
     if any(map(_writes, nodes[nodes.index(first) : nodes.index(node)])):
-        return False
+        return
     with graph.inserting_before(node):
         new = graph.call_function(target, args)
     new.meta["example_value"] = node.meta["example_value"]
     node.replace_all_uses_with(new)
     graph.erase_node(node)
-    return True
 
 
 def _writes(node: Node) -> bool:

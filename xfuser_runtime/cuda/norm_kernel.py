@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from xfuser_runtime.cuda.kernel import empty_joined, places
+
 #: Channels that a warp holds.
 WARP_CHANNELS = 512
 MAX_WARPS = 16
@@ -18,15 +20,11 @@ def launch(
 ) -> torch.Tensor:
     """`modulated_norm` on a GPU."""
     batch, _, channels = parts[0].shape
-    out = parts[0].new_empty(batch, sum(part.shape[1] for part in parts), channels)
+    out = empty_joined(parts, 1)
     width = triton.next_power_of_2(channels)
     scale, shift = (x.expand(batch, 1, channels) for x in (scale, shift))
-    first = 0
-    for part in parts:
-        rows = part if part.stride(-1) == 1 else part.contiguous()
-        length = rows.shape[1]
-        target = out.narrow(1, first, length)
-        _normalize[(length, batch)](
+    for rows, target, _ in places(parts, out, 1):
+        _normalize[(rows.shape[1], batch)](
             rows,
             scale,
             shift,
@@ -39,7 +37,6 @@ def launch(
             WIDTH=width,
             num_warps=min(MAX_WARPS, max(1, width // WARP_CHANNELS)),
         )
-        first += length
     return out
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
 
-from xfuser_runtime.cuda.kernel import kernel
+from xfuser_runtime.cuda.kernel import empty_joined, kernel
 from xfuser_runtime.cuda.nodes import argument, is_call, replace_call, value_of
 
 
@@ -31,17 +31,7 @@ def modulate_at_once(graph: Graph) -> None:
             replace_call(graph, found.first, node, target, *found.arguments)
 
 
-def _empty_modulated_norm(
-    parts: Sequence[torch.Tensor],
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    eps: float,
-) -> torch.Tensor:
-    batch, _, channels = parts[0].shape
-    return parts[0].new_empty(batch, sum(part.shape[1] for part in parts), channels)
-
-
-@kernel("modulated_norm", fake=_empty_modulated_norm)
+@kernel("modulated_norm", fake=lambda parts, *_: empty_joined(parts, 1))
 def modulated_norm(
     parts: Sequence[torch.Tensor],
     scale: torch.Tensor,

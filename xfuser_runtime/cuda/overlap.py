@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from xfuser_runtime.cuda.nodes import extent
 from xfuser_runtime.cuda.products import GELU_PRODUCT
 
 #: Matrix products, with the place of their rows among the arguments.
@@ -102,5 +103,4 @@ def _sizes(product: Node) -> tuple[int, int, int]:
 
 def _shape(node: Any) -> list[int]:
     """The extents of a node's value; of a symbolic one that of the call that was traced."""
-    shape = node.meta["val"].shape
-    return [n if isinstance(n, int) else n.node.hint for n in shape]
+    return [extent(size) for size in node.meta["val"].shape]

@@ -48,7 +48,7 @@ class BlockPass(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Of this code, for the cache of compiled graphs."""
-        return _hash_of(overlap, stacked, symmetric)
+        return _hash_of(nodes, overlap, stacked, symmetric)
 
 
 def _hash_of(*modules: Any) -> Any:

@@ -12,6 +12,9 @@ Shapes: ... rows, K channels, N channels of a product.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
@@ -61,13 +64,12 @@ def take_in_joining(graph: Graph) -> None:
             replace_call(graph, joined, node, target, *parts, *held)
 
 
-def _empty_gelu_product(
-    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
-) -> torch.Tensor:
+def _empty(rows: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
+    """An empty product of rows, by channels all or a part of them, with a weight."""
     return rows.new_empty(*rows.shape[:-1], weight.shape[0])
 
 
-@kernel("gelu_product", fake=_empty_gelu_product)
+@kernel("gelu_product", fake=_empty)
 def gelu_product(
     rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 ) -> torch.Tensor:
@@ -87,16 +89,10 @@ def gelu_product(
     return out.view(*rows.shape[:-1], len(weight))
 
 
-def _empty_joined_product(
-    first: torch.Tensor,
-    second: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    return first.new_empty(*first.shape[:-1], weight.shape[0])
-
-
-@kernel("joined_product", fake=_empty_joined_product)
+@kernel(
+    "joined_product",
+    fake=lambda first, second, weight, bias: _empty(first, weight, bias),
+)
 def joined_product(
     first: torch.Tensor,
     second: torch.Tensor,
@@ -134,7 +130,5 @@ def _joined_channels(node: Node) -> list[Node] | None:
             return None
         if not isinstance(value.shape[-1], int) or value.shape[-1] % MULTIPLE:
             return None
-    rows = 1
-    for size in joined.shape[:-1]:
-        rows *= extent(size)
+    rows = math.prod(map(extent, joined.shape[:-1]))
     return list(parts) if rows >= MIN_ROWS else None

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
-from xfuser_runtime.cuda.kernel import kernel
+from xfuser_runtime.cuda.kernel import empty_joined, kernel
 from xfuser_runtime.cuda.nodes import argument, is_call, item_of, replace_call, value_of
 
 
@@ -39,20 +39,15 @@ def rotate_at_once(graph: Graph) -> None:
         replace_call(graph, first, node, target, parts, weights, eps, *by)
 
 
-def _empty_rotated_heads(
-    parts: Sequence[torch.Tensor],
-    weights: Sequence[torch.Tensor],
-    eps: float,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-) -> torch.Tensor:
-    shape = list(parts[0].shape)
-    dim = token_dim(cos)
-    shape[dim] = sum(part.shape[dim] for part in parts)
-    return parts[0].new_empty(shape)
+def token_dim(cos: torch.Tensor) -> int:
+    """The dimension of the tokens, in heads that are turned by (1, S, 1, D) or (1, 1, S, D)."""
+    return 1 if cos.shape[2] == 1 else 2
 
 
-@kernel("rotated_heads", fake=_empty_rotated_heads)
+@kernel(
+    "rotated_heads",
+    fake=lambda parts, weights, eps, cos, sin: empty_joined(parts, token_dim(cos)),
+)
 def rotated_heads(
     parts: Sequence[torch.Tensor],
     weights: Sequence[torch.Tensor],
@@ -81,11 +76,6 @@ def rotated_heads(
     real, imaginary = heads.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([-imaginary, real], dim=-1).flatten(-2)
     return (heads.float() * cos + turned.float() * sin).to(heads.dtype)
-
-
-def token_dim(cos: torch.Tensor) -> int:
-    """The dimension of the tokens, in heads that are turned by (1, S, 1, D) or (1, 1, S, D)."""
-    return 1 if cos.shape[2] == 1 else 2
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from xfuser_runtime.cuda.kernel import empty_joined, places
 from xfuser_runtime.cuda.rotary import token_dim
 
 #: Numbers that a program holds: more need more registers than there are.
@@ -24,16 +25,11 @@ def launch(
 ) -> torch.Tensor:
     """`rotated_heads` on a GPU."""
     dim, channels = token_dim(cos), parts[0].shape[-1]
-    shape = list(parts[0].shape)
-    shape[dim] = sum(part.shape[dim] for part in parts)
-    out = parts[0].new_empty(shape)
+    out = empty_joined(parts, dim)
     by = [x.reshape(-1, channels).contiguous() for x in (cos, sin)]
     width = triton.next_power_of_2(channels)
-    rows, first = max(1, NUMBERS // width), 0
-    for index, part in enumerate(parts):
-        heads = part if part.stride(-1) == 1 else part.contiguous()
-        length = heads.shape[dim]
-        target = out.narrow(dim, first, length)
+    rows = max(1, NUMBERS // width)
+    for index, (heads, target, first) in enumerate(places(parts, out, dim)):
         count = heads.numel() // channels
         _rotate[(triton.cdiv(count, rows),)](
             heads,
@@ -52,7 +48,6 @@ def launch(
             ROWS=rows,
             num_warps=WARPS,
         )
-        first += length
     return out
 
 

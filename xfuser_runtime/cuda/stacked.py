@@ -77,13 +77,13 @@ def stack_products(graph: Graph) -> None:
             _replace(graph, group)
 
 
-def _empty_stacked_product(
-    rows: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
+def _empty(
+    rows: torch.Tensor, weights: Sequence[torch.Tensor], _: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     return rows.new_empty(rows.shape[0], sum(x.shape[0] for x in weights))
 
 
-@kernel("stacked_product", fake=_empty_stacked_product)
+@kernel("stacked_product", fake=_empty)
 def stacked_product(
     rows: torch.Tensor, weights: Sequence[torch.Tensor], biases: Sequence[torch.Tensor]
 ) -> torch.Tensor:

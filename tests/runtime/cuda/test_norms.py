@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,14 +12,9 @@ import torch.nn.functional as F
 from tests.runtime.cuda.rewritten import check, names
 from xfuser_runtime.cuda.norms import modulated_norm
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 BATCH, TEXT, IMAGE, CHANNELS = 2, 5, 9, 8
-
-
-@pytest.fixture(autouse=True)
-def inference() -> Iterator[None]:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 def rows(tokens: int = IMAGE) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -13,15 +13,9 @@ from tests.runtime.cuda.rewritten import check, names, rewritten
 from xfuser_runtime.cuda import products
 from xfuser_runtime.cuda.passes import CodePass
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 ROWS = 256
-
-
-@pytest.fixture(autouse=True)
-def inference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(products, "MIN_COLUMNS", 8)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 class FeedForward(nn.Module):

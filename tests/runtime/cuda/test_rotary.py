@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,18 +16,11 @@ from torch import nn
 from torch.fx import Node
 
 from tests.runtime.cuda.rewritten import check, names
-from xfuser_runtime.cuda import products
 from xfuser_runtime.cuda.rotary import rotated_heads
 
+pytestmark = pytest.mark.usefixtures("inference")
+
 BATCH, TEXT, IMAGE, HEADS, CHANNELS = 2, 5, 9, 3, 8
-
-
-@pytest.fixture(autouse=True)
-def inference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(products, "MIN_COLUMNS", 1)
-    torch.manual_seed(0)
-    with torch.no_grad():
-        yield
 
 
 def heads(tokens: int = IMAGE, sequence_dim: int = 1) -> torch.Tensor:
