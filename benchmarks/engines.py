@@ -76,6 +76,7 @@ def _ours(
     engine_config, _ = xFuserArgs(
         **layout.degrees,
         use_torch_compile=layout.compiled,
+        use_fused_kernels=layout.fused,
         use_cuda_graph=layout.graph,
         num_inference_steps=steps,
         allow_unproven=True,

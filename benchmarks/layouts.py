@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -22,6 +22,7 @@ class Layout:
         num_ranks: processes, one a GPU.
         degrees: fields of the engine's configuration.
         compiled: blocks go through torch.compile.
+        fused: our larger operations in blocks that are not compiled.
         graph: our transformer calls are captured.
         environment: further variables of the processes.
         precise: all numbers are fp32; what rounding costs the others is measured against it.
@@ -32,6 +33,7 @@ class Layout:
     num_ranks: int = 1
     degrees: dict[str, Any] = field(default_factory=dict)
     compiled: bool = False
+    fused: bool = False
     graph: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     precise: bool = False
@@ -41,6 +43,7 @@ class Layout:
         """For tables: `porter ulysses2 graph compiled`."""
         words = [self.engine, self.mode]
         words += ["graph"] if self.graph else []
+        words += ["fused"] if self.fused else []
         words += ["compiled"] if self.compiled else []
         words += ["fp32"] if self.precise else []
         words += ["no-p2p"] if "NCCL_P2P_DISABLE" in self.environment else []
@@ -59,10 +62,7 @@ def layouts_for(
     variants = [False, True] if on_gpu else [False]
     if num_ranks == 1:
         stock = [Layout(STOCK, "one", compiled=compiled) for compiled in variants]
-        return stock + [
-            Layout(OURS, "one", compiled=compiled, graph=on_gpu)
-            for compiled in variants
-        ]
+        return stock + _ours("one", 1, {}, on_gpu=on_gpu)
     found: list[Layout] = []
     if has_context_parallel:
         for mode in ("ulysses", "ring"):
@@ -76,17 +76,27 @@ def layouts_for(
                 )
                 for compiled in variants
             ]
-    for engine in (XDIT, OURS) if has_xfuser else (OURS,):
-        for mode, degrees in modes(model, num_ranks, tiny=not on_gpu):
-            staged = "pipefusion" in mode
-            for compiled in variants:
-                if compiled and staged and engine == XDIT:
-                    continue
-                graph = on_gpu and engine == OURS and not staged
-                found.append(
-                    Layout(engine, mode, num_ranks, degrees, compiled, graph=graph)
-                )
+    legal = modes(model, num_ranks, tiny=not on_gpu)
+    if has_xfuser:
+        found += [
+            Layout(XDIT, mode, num_ranks, degrees, compiled)
+            for mode, degrees in legal
+            for compiled in variants
+            if not (compiled and "pipefusion" in mode)
+        ]
+    for mode, degrees in legal:
+        found += _ours(mode, num_ranks, degrees, on_gpu=on_gpu)
     return found
+
+
+def _ours(
+    mode: str, num_ranks: int, degrees: dict[str, Any], *, on_gpu: bool
+) -> list[Layout]:
+    """Our rows of a mode: as the code is, with larger operations, compiled."""
+    plain = Layout(OURS, mode, num_ranks, degrees, graph=on_gpu)
+    if not on_gpu:
+        return [plain]
+    return [plain, replace(plain, fused=True), replace(plain, compiled=True)]
 
 
 def modes(
@@ -134,15 +144,7 @@ def _divisors(number: int) -> list[int]:
 def without_peer_access(layouts: list[Layout]) -> list[Layout]:
     """The layouts of several ranks again, as machines without peer access run them."""
     return [
-        Layout(
-            x.engine,
-            x.mode,
-            x.num_ranks,
-            x.degrees,
-            x.compiled,
-            x.graph,
-            {**x.environment, "NCCL_P2P_DISABLE": "1"},
-        )
+        replace(x, environment={**x.environment, "NCCL_P2P_DISABLE": "1"})
         for x in layouts
         if x.num_ranks > 1
     ]

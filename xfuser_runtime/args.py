@@ -35,6 +35,7 @@ class xFuserArgs:
     use_parallel_vae: bool = False
     # run time
     use_torch_compile: bool = False
+    use_fused_kernels: bool = False
     use_cuda_graph: bool = True
     attention_backend: str | None = None
     allow_unproven: bool = False
@@ -79,6 +80,7 @@ class xFuserArgs:
                 else patches
             ),
             use_torch_compile=self.use_torch_compile,
+            use_fused_kernels=self.use_fused_kernels,
             use_cuda_graph=self.use_cuda_graph,
             attention_backend=self.attention_backend,
             allow_unproven=self.allow_unproven,
@@ -200,6 +202,11 @@ def _add_runtime_flags(group: argparse._ArgumentGroup) -> None:
         "--use_torch_compile",
         action="store_true",
         help="compile the transformer blocks",
+    )
+    group.add_argument(
+        "--use_fused_kernels",
+        action="store_true",
+        help="on CUDA, larger operations in blocks that are not compiled",
     )
     group.add_argument(
         "--use_cuda_graph",

@@ -156,6 +156,8 @@ class RuntimeConfig:
             the rows computed so far.
         num_pipeline_patch: patches of a PipeFusion step.
         use_torch_compile: compile the transformer blocks.
+        use_fused_kernels: on CUDA give blocks that are not compiled the larger operations that
+            compiled blocks get.
         use_cuda_graph: capture whole transformer calls on CUDA and replay them.
         attention_backend: kernel of the attention calls, None chooses.
         allow_unproven: run modes that ``porter verify`` has not proven, with a warning.
@@ -166,6 +168,7 @@ class RuntimeConfig:
     warmup_steps: int = 1
     num_pipeline_patch: int = 1
     use_torch_compile: bool = False
+    use_fused_kernels: bool = False
     use_cuda_graph: bool = True
     attention_backend: str | None = None
     allow_unproven: bool = False

@@ -37,6 +37,7 @@ def test_every_field_is_a_flag_that_arrives() -> None:
         "tensor_parallel_degree": 8,
         "use_parallel_vae": True,
         "use_torch_compile": True,
+        "use_fused_kernels": True,
         "use_cuda_graph": True,
         "attention_backend": "cudnn",
         "allow_unproven": True,

@@ -26,6 +26,7 @@ class KVCache:
         self._key: torch.Tensor | None = None
         self._value: torch.Tensor | None = None
         self._mask: torch.Tensor | None = None
+        self._has_mask = False
         self._filled: tuple[int, ...] = ()
 
     @property
@@ -79,27 +80,19 @@ class KVCache:
         assert self._key is not None and self._value is not None
         ranges = [layout.cache_range(names, patch, shards) for patch in self._filled]
         key, value = (_take(x, 1, ranges) for x in (self._key, self._value))
-        mask = None if self._mask is None else _take(self._mask, 3, ranges)
-        return KeyBlock(key, value, mask)
+        mask = self._mask if self._has_mask else None
+        return KeyBlock(key, value, None if mask is None else _take(mask, 3, ranges))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> KVCache:
         # A copied model is another model: it begins with nothing cached.
         return KVCache()
 
     def _allocate(self, block: KeyBlock, capacity: int) -> None:
-        held = self._key
+        self._has_mask = False
         wanted = (block.key.shape[0], capacity, *block.key.shape[2:])
-        self._mask = None
-        if (
-            held is not None
-            and self._value is not None
-            and (held.shape, held.dtype, held.device)
-            == (wanted, block.key.dtype, block.key.device)
-            and self._value.shape[3] == block.value.shape[3]
-        ):
-            return
-        self._key = block.key.new_zeros(wanted)
-        self._value = block.value.new_zeros((*wanted[:3], block.value.shape[3]))
+        self._key = kept_or_zeros(self._key, wanted, block.key)
+        wanted = (*wanted[:3], block.value.shape[3])
+        self._value = kept_or_zeros(self._value, wanted, block.value)
 
     def _check(self, block: KeyBlock, capacity: int) -> None:
         assert self._key is not None
@@ -122,7 +115,8 @@ class KVCache:
             there = slice(source, source + length)
             self._key[:, here] = block.key[:, there]
             self._value[:, here] = block.value[:, there]
-            if self._mask is not None:
+            if self._has_mask:
+                assert self._mask is not None
                 if block.mask is None:
                     self._mask[..., here] = _no_mask(self._mask)
                 else:
@@ -132,14 +126,35 @@ class KVCache:
         """Have a mask as soon as one pass brings one; rows that came without one take part."""
         if block.mask is None or self._key is None:
             return
-        if self._mask is None:
-            shape = (*block.mask.shape[:3], self._key.shape[1])
-            self._mask = block.mask.new_full(shape, _no_mask(block.mask))
+        if self._mask is None or not self._has_mask:
+            wanted = (*block.mask.shape[:3], self._key.shape[1])
+            self._mask = kept_or_zeros(self._mask, wanted, block.mask)
+            self._mask.fill_(_no_mask(block.mask))
+            self._has_mask = True
         elif self._mask.shape[:3] != block.mask.shape[:3]:
             shape = torch.broadcast_shapes(
                 self._mask.shape[:3], block.mask.shape[:3]
             ) + (self._mask.shape[3],)
             self._mask = self._mask.expand(shape).clone()
+
+
+def kept_or_zeros(
+    held: torch.Tensor | None, shape: Sequence[int], like: torch.Tensor
+) -> torch.Tensor:
+    """A tensor kept from an earlier pass, its values too, where its memory can be written to
+    as one of `shape`, of the type and on the device of `like`; zeros where it cannot.
+
+    What keeps its address from call to call is what captured calls go on with.
+    """
+    if (
+        held is not None
+        and tuple(held.shape) == tuple(shape)
+        and (held.dtype, held.device) == (like.dtype, like.device)
+        # Written to outside of the mode, a tensor made inside of it is an error.
+        and held.is_inference() == torch.is_inference_mode_enabled()
+    ):
+        return held
+    return like.new_zeros(shape)
 
 
 def _no_mask(mask: torch.Tensor) -> bool | float:

@@ -27,6 +27,10 @@ class MaskVector:
     def __init__(self) -> None:
         self._kept: torch.Tensor | None = None  # (B or 1, H or 1, K), in cache order
 
+    def reset(self) -> None:
+        """Forget it."""
+        self._kept = None
+
     def complete(
         self, mask: torch.Tensor, form: str, plan: AttentionPlan
     ) -> torch.Tensor:

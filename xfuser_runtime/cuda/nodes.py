@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+#: Key in the `meta` of what a replaced call read.
+_REPLACED = "xfuser_replaced"
 _WRITING = frozenset(
     getattr(operator, name)
     for name in (
@@ -80,7 +82,7 @@ def replace_call(
 ) -> None:
     """Let `target` compute what `node` did, unless something is written to in between.
 
-    What `node` was made of stays; the compiler, which knows what writes, drops what nobody reads.
+    What `node` was made of stays, for `drop_unread` or the compiler.
 
     Args:
         graph: of the block.
@@ -96,7 +98,26 @@ def replace_call(
         new = graph.call_function(target, args)
     new.meta["example_value"] = node.meta["example_value"]
     node.replace_all_uses_with(new)
+    _mark_inputs(node)
     graph.erase_node(node)
+
+
+def drop_unread(graph: Graph) -> None:
+    """Erase what only replaced calls read, up to what others read or what writes.
+
+    Other calls that nobody reads stay: they may draw random numbers, say.
+    """
+    for node in reversed(graph.nodes):
+        is_unread = node.meta.get(_REPLACED) and not node.users
+        is_operation = node.op in ("call_function", "call_method")
+        if is_unread and is_operation and not _writes(node):
+            _mark_inputs(node)
+            graph.erase_node(node)
+
+
+def _mark_inputs(node: Node) -> None:
+    for held in node.all_input_nodes:
+        held.meta[_REPLACED] = True
 
 
 def _writes(node: Node) -> bool:

@@ -1,12 +1,13 @@
-"""What becomes of the graph of a compiled block before it becomes kernels."""
+"""What becomes of the graph of a block before it becomes kernels, or is run as it is."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
-from torch.fx import Graph
+from torch.fx import Graph, GraphModule
 
 from xfuser_runtime.cuda import (
     kernel,
@@ -53,6 +54,14 @@ class BlockPass(CustomGraphPass):
 
 def _hash_of(*modules: Any) -> Any:
     return get_hash_for_files((__file__, *(module.__file__ for module in modules)))
+
+
+def rewrite(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """A backend of `torch.compile` that compiles nothing: larger operations, the rest as it is."""
+    CodePass()(module.graph)
+    nodes.drop_unread(module.graph)
+    module.recompile()
+    return module.forward
 
 
 #: Options of `torch.compile` for blocks: one object, since code is shared by blocks that were

@@ -8,7 +8,7 @@ around them change their names between torch versions. All work on gloo and NCCL
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -171,7 +171,8 @@ def gather_objects(value: Any, group: Group) -> list[Any]:
 class P2PChannel:
     """Point-to-point messages between the ranks of a group, in order for each pair.
 
-    A send returns at once; the channel keeps its handle and its tensor until it is done.
+    A send returns at once; the channel keeps its handle and its tensor until it is done. While a
+    call is captured nothing is sent or received: what would be is told to ``recorder``.
 
     Args:
         group: the ranks.
@@ -187,9 +188,18 @@ class P2PChannel:
         self._process_group = group.feedback_group if feedback else group.process_group
         self._max_pending = max_pending
         self._pending: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        #: Takes the messages of a call that is captured, to be sent whenever it is replayed.
+        self.recorder: Callable[[Callable[[], object]], None] | None = None
 
     def send(self, x: torch.Tensor, target: int) -> None:
         """Send ``x`` to rank ``target`` of the group; the caller must not write to it again."""
+        if self.recorder is None:
+            self._send(x, target)
+        else:
+            # A replay that comes before the message has left writes to the same memory.
+            self.recorder(lambda: self._send(x.clone(), target))
+
+    def _send(self, x: torch.Tensor, target: int) -> None:
         x = x.contiguous()
         work = dist.isend(x, self._group.ranks[target], group=self._process_group)
         assert work is not None
@@ -202,7 +212,10 @@ class P2PChannel:
 
     def recv(self, buffer: torch.Tensor, source: int) -> torch.Tensor:
         """Fill contiguous ``buffer`` with the next message of rank ``source``; returns it."""
-        self.irecv(buffer, source).wait()
+        if self.recorder is None:
+            self.irecv(buffer, source).wait()
+        else:
+            self.recorder(lambda: self.irecv(buffer, source).wait())
         return buffer
 
     def irecv(self, buffer: torch.Tensor, source: int) -> dist.Work:

@@ -277,12 +277,15 @@ def wrap_attention(
 
 
 def reset_kv_caches(model: nn.Module) -> None:
-    """Forget the cached keys and values of all attention modules of a model."""
+    """Forget the cached keys and values of all attention modules of a model.
+
+    Their memory is kept: the next call of the same shape finds it where captured calls know it.
+    """
     for module in model.modules():
         site = vars(module).get(_SITE)
         if site is not None:
-            site.caches.clear()
-            site.mask_vectors.clear()
+            site.caches.reset()
+            site.mask_vectors.reset()
 
 
 def _diffusers_backend(backend: Any) -> str | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import nn
 
@@ -16,7 +16,15 @@ from xfuser_runtime.distributed.runtime_state import (
 )
 from xfuser_runtime.layers.register import xFuserLayerWrappersRegister
 
-T = TypeVar("T")
+
+class Resettable(Protocol):
+    """State of passes that can be forgotten."""
+
+    def reset(self) -> None:
+        """Forget all; memory may be kept for the next run."""
+
+
+T = TypeVar("T", bound=Resettable)
 
 
 class xFuserLayerBaseWrapper(xFuserBaseWrapper):
@@ -55,16 +63,23 @@ class CallSites(Generic[T]):
             self._marker, self._pass, self._uses = marker, (step, patch, call), 0
             if step == 0 and patch in (None, 0):
                 # A run begins: what an earlier run left must not be read.
-                self._held = {k: v for k, v in self._held.items() if k[0] != call}
+                for place, state in self._held.items():
+                    if place[0] == call:
+                        state.reset()
         key = (call, self._uses)
         self._uses += 1
         if key not in self._held:
             self._held[key] = self._make()
         return self._held[key]
 
-    def clear(self) -> None:
-        """Forget everything and free its memory."""
-        self._held = {}
+    def items(self) -> Iterable[tuple[tuple[int, int], T]]:
+        """The places used so far, (transformer call, n-th use), with their states."""
+        return self._held.items()
+
+    def reset(self) -> None:
+        """Forget everything; states may keep their memory for the next run."""
+        for state in self._held.values():
+            state.reset()
         self._marker = self._pass = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CallSites[T]:

@@ -28,6 +28,10 @@ class StaleRows:
     def __init__(self) -> None:
         self.image: torch.Tensor | None = None  # (B, C, H, W)
 
+    def reset(self) -> None:
+        """Forget it."""
+        self.image = None
+
 
 @xFuserLayerWrappersRegister.register(nn.Conv2d)
 class xFuserConv2dWrapper(xFuserLayerBaseWrapper, nn.Conv2d):

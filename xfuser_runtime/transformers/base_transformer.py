@@ -33,7 +33,7 @@ from xfuser_runtime.layers import (
 from xfuser_runtime.layers.base import rebind_forward
 from xfuser_runtime.layers.processors import refuse_stages
 from xfuser_runtime.transformers.adapters import takes_own_weights
-from xfuser_runtime.transformers.kernels import keep_layout, prepare_kernels
+from xfuser_runtime.transformers.kernels import prepare_kernels, run_call
 from xfuser_runtime.transformers.latent_tokens import (
     LatentTokens,
     loop_shape,
@@ -191,8 +191,7 @@ class xFuserTransformerBaseWrapper(xFuserModelBaseWrapper):
             self._note_latents(first_tensor((args, kwargs)))
             if not parallel_state.is_pipeline_last_stage():
                 wrapping.template = self._template(forward, args, kwargs)
-        keep_layout(self)
-        return wrapping.replayer.call(forward, self, args, kwargs)
+        return run_call(forward, self, wrapping, args, kwargs)
 
     def output_template(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from xfuser_runtime.attention import key_order
+from xfuser_runtime.attention.cache import kept_or_zeros
 from xfuser_runtime.distributed.collectives import all_gather
 from xfuser_runtime.distributed.layout import TokenLayout
 from xfuser_runtime.distributed.parallel_state import get_sp_group
@@ -283,14 +284,7 @@ class BlockRegion:
         key = "+".join(streams) + place
         shape = list(rows.shape)
         shape[dim] = self.length(streams)
-        held = self._buffers.get(key)
-        if (
-            self.patch is None
-            or held is None
-            or list(held.shape) != shape
-            or held.dtype != rows.dtype
-        ):
-            held = rows.new_zeros(shape)
+        held = kept_or_zeros(self._buffers.get(key), shape, rows)
         if self.layout.num_patches > 1:
             self._buffers[key] = held
         return held

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.collectives import P2PChannel
-from xfuser_runtime.transformers.graphs import CallReplayer
 from xfuser_runtime.transformers.outputs import Template
 from xfuser_runtime.transformers.stages import StagePlan
+
+if TYPE_CHECKING:
+    from xfuser_runtime.cuda.graphs import CallReplayer
 
 
 class Wrapping:
@@ -27,7 +29,7 @@ class Wrapping:
         latent_shape, loop_shape: of the call's latents, and of the loop's in them.
         padding: tokens that the first stream with context after the latents has there.
         buffers: by call and block list, the streams that patches fill.
-        replayer: of CUDA graphs.
+        replayer: of CUDA graphs, from the first call on a GPU on.
     """
 
     def __init__(self, plan: StagePlan) -> None:
@@ -38,7 +40,7 @@ class Wrapping:
         self.loop_shape: tuple[int, ...] = ()
         self.padding = 0
         self.buffers: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
-        self.replayer = CallReplayer()
+        self.replayer: CallReplayer | None = None
         self._channel: P2PChannel | None = None
 
     def channel(self) -> P2PChannel:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from xfuser_runtime.cuda.passes import CodePass
+from xfuser_runtime.cuda.passes import rewrite
 
 
 def rewritten(
@@ -17,14 +17,13 @@ def rewritten(
     """A function whose graph is rewritten when it is called, and the operations then in it."""
     kernels: list[Node] = []
 
-    def backend(graph: GraphModule, inputs: Any) -> GraphModule:
-        CodePass()(graph.graph)
-        graph.graph.lint()
-        graph.recompile()
+    def backend(module: GraphModule, inputs: Any) -> Callable[..., Any]:
+        run = rewrite(module, inputs)
+        module.graph.lint()
         kernels.extend(
-            x for x in graph.graph.nodes if "xfuser_kernels" in str(x.target)
+            x for x in module.graph.nodes if "xfuser_kernels" in str(x.target)
         )
-        return graph
+        return run
 
     torch.compiler.reset()
     return torch.compile(call, backend=backend, fullgraph=fullgraph), kernels

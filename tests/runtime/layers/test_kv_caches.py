@@ -119,12 +119,26 @@ class TestCaches:
         first, second = run(), run()
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
-    def test_reset_frees_the_caches(self) -> None:
+    def test_reset_forgets_the_rows_and_keeps_their_memory(self) -> None:
         state = start()
         model = nn.ModuleList([wrap_attention(attention(), ("image",), ("image",))])
         self.run(model[0], state, 1, step=0, patch=None)
+        ((_, cache),) = vars(model[0])["_xfuser_attention_site"].caches.items()
+        address = cache._key.data_ptr()
+        assert cache.filled == (0, 1)
         reset_kv_caches(model)
-        assert not vars(model[0])["_xfuser_attention_site"].caches._held
+        assert cache.filled == ()
+        self.run(model[0], state, 2, step=0, patch=None)
+        assert cache.filled == (0, 1) and cache._key.data_ptr() == address
+
+    def test_inference_mode_may_come_and_go(self) -> None:
+        state = start()
+        module = wrap_attention(attention(), ("image",), ("image",))
+        for inference in (True, False, True):
+            with torch.inference_mode(inference):
+                self.run(module, state, 1, step=0, patch=None)
+                found = self.run(module, state, 2, step=1, patch=0)
+            assert error(found, self.expected(2, 1, 0, attention)) <= GATE
 
 
 def test_compiles_in_one_graph_under_ulysses() -> None:

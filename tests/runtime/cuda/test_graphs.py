@@ -13,15 +13,24 @@ import pytest
 import torch
 from torch import nn
 
+from xfuser_runtime.attention.cache import KVCache
+from xfuser_runtime.attention.keys import KeyBlock
 from xfuser_runtime.config import EngineConfig, RuntimeConfig
+from xfuser_runtime.cuda.graphs import MAX_GRAPHS, CallReplayer
+from xfuser_runtime.cuda.snapshot import ModelSnapshot
+from xfuser_runtime.distributed.layout import Segment, TokenLayout
 from xfuser_runtime.distributed.runtime_state import (
     RuntimeState,
     destroy_runtime_state,
+    get_runtime_state,
     initialize_runtime_state,
 )
-from xfuser_runtime.transformers.graphs import MAX_GRAPHS, CallReplayer
+from xfuser_runtime.layers.attention import reset_kv_caches
+from xfuser_runtime.layers.attention_site import AttentionSite
+from xfuser_runtime.transformers.kernels import run_call
 from xfuser_runtime.transformers.outputs import map_tensors, tensors_in
-from xfuser_runtime.transformers.snapshot import ModelSnapshot
+from xfuser_runtime.transformers.stages import StagePlan
+from xfuser_runtime.transformers.wrapping import Wrapping
 
 
 class Processor:
@@ -56,6 +65,17 @@ def played(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
             target.copy_(found)
 
     return replay, output
+
+
+class Captures:
+    """Played captures, counted."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, function: Callable[[], Any]) -> Any:
+        self.count += 1
+        return played(function)
 
 
 @pytest.fixture()
@@ -181,10 +201,6 @@ class TestLeftAlone:
         assert not any(run(replayer, model, **kwargs) for _ in range(3))
         assert [text for text in replayer.reasons if reason in text]
 
-    def test_patches(self, state: RuntimeState, replayer: CallReplayer) -> None:
-        state.num_patches = 2
-        self.expect(replayer, "keeps keys and values")
-
     def test_unknown_argument(
         self, state: RuntimeState, replayer: CallReplayer
     ) -> None:
@@ -226,10 +242,106 @@ class TestLeftAlone:
         destroy_runtime_state()
 
 
-def test_on_cpu_nothing_is_captured_and_nothing_is_said(state: RuntimeState) -> None:
-    replayer, model = CallReplayer(), Model()
-    assert not any(run(replayer, model) for _ in range(3))
-    assert replayer.reasons == []
+#: Two patches of two rows of the latents.
+LAYOUT = TokenLayout((Segment("image", 4, follows_latents=True),), 2, 1)
+
+
+class KeepingModel(nn.Module):
+    """Its passes over patches add rows to those of earlier passes, and read them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Module()
+        vars(self.layer)["_xfuser_attention_site"] = AttentionSite(
+            ("image",), ("image",)
+        )
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        state = get_runtime_state()
+        cache: KVCache = vars(self.layer)["_xfuser_attention_site"].caches.next(
+            object()
+        )
+        options: Any = {"layout": LAYOUT, "names": ("image",), "shards": (0,)}
+        key = x[:, :, None, None]
+        cache.store(KeyBlock(key, key, None), patch=state.patch, **options)
+        return cache.read(**options).key.sum() + x
+
+
+class TestPatches:
+    """Passes over patches: captured once they leave what they keep where they found it."""
+
+    def passes(
+        self, replayer: CallReplayer, model: KeepingModel, *, warmup: int = 1
+    ) -> list[bool]:
+        """A loop of four steps; by pass whether a graph answered, each result checked."""
+        state, found = get_runtime_state(), []
+        rows = torch.zeros(1, 4)
+        state.begin_loop()
+        state.num_patches = 2
+        state.adopt_patch_borders(LAYOUT, 1, 4)
+        for step in range(4):
+            for patch in (None,) if step < warmup else (0, 1):
+                state.start_pass(step=step, patch=patch)
+                state.enter_transformer_call()
+                here = slice(0, 4) if patch is None else slice(2 * patch, 2 * patch + 2)
+                x = torch.randn(1, 4)[:, here]
+                rows[:, here] = x
+                before = replayer.replays
+                with torch.no_grad():
+                    out = replayer.call(KeepingModel.compute, model, (x,), {})
+                torch.testing.assert_close(out, rows.sum() + x)
+                found.append(replayer.replays > before)
+        state.end_passes()
+        return found
+
+    def test_from_the_second_step_over_patches_on(self, state: RuntimeState) -> None:
+        replayer, model = CallReplayer(played), KeepingModel()
+        assert self.passes(replayer, model) == [False] * 3 + [True] * 4
+        assert replayer.reasons == []
+
+    def test_the_next_call_goes_on_with_the_graphs(self, state: RuntimeState) -> None:
+        captures, model = Captures(), KeepingModel()
+        replayer = CallReplayer(captures)
+        self.passes(replayer, model)
+        reset_kv_caches(model)
+        assert self.passes(replayer, model) == [False] + [True] * 6
+        assert captures.count == 2
+
+    def test_rows_that_moved_are_captured_again(self, state: RuntimeState) -> None:
+        captures, model = Captures(), KeepingModel()
+        replayer = CallReplayer(captures)
+        self.passes(replayer, model)
+        ((_, cache),) = vars(model.layer)["_xfuser_attention_site"].caches.items()
+        cache._key = cache._key.clone()
+        assert self.passes(replayer, model) == [False] + [True] * 6
+        assert captures.count == 4
+
+    def test_a_pass_that_adds_rows_is_left_alone(self, state: RuntimeState) -> None:
+        replayer, model = CallReplayer(played), KeepingModel()
+        for _ in range(2):
+            found = self.passes(replayer, model, warmup=0)
+            assert not any(found[:2]) and all(found[-2:])
+        assert replayer.reasons == []
+
+    def test_the_passes_that_begin_a_loop_are_left_alone(
+        self, state: RuntimeState
+    ) -> None:
+        replayer, model = CallReplayer(played), KeepingModel()
+        state.num_patches = 2
+        with torch.no_grad():
+            for step, patch in ((0, 0), (0, 0), (0, 0), (1, None), (2, None)):
+                state.start_pass(step=step, patch=patch)
+                x = torch.ones(1, 4 if patch is None else 2)
+                replayer.call(KeepingModel.compute, model, (x,), {})
+        assert replayer.replays == 0 and replayer.reasons == []
+
+
+def test_on_cpu_nothing_is_captured(state: RuntimeState) -> None:
+    model, wrapping = Model(), Wrapping(StagePlan((), 1))
+    with torch.no_grad():
+        for _ in range(3):
+            run_call(Model.compute, model, wrapping, (torch.ones(2, 4),), {})
+    assert wrapping.replayer is None
 
 
 @pytest.mark.gpu

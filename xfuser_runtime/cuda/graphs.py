@@ -6,29 +6,38 @@ composes with compiled blocks. The first call of a shape runs as it is: it loads
 makes communicators and compiles. The arguments are copied into tensors that keep their
 address, the output is cloned, so that callers notice nothing.
 
+Messages between stages stay outside: the call is cut into graphs where they stand, so a fast
+stage waits for a slow one in no graph. A pass over a patch is captured once it leaves what it
+keeps for others where it found it.
+
 What cannot be captured runs as before, and the log says once why.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from xfuser_runtime.cuda.kept import KeptState, call_sites
+from xfuser_runtime.cuda.snapshot import ModelSnapshot
 from xfuser_runtime.distributed import parallel_state
+from xfuser_runtime.distributed.collectives import P2PChannel
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
+from xfuser_runtime.layers.base import CallSites
 from xfuser_runtime.transformers.outputs import map_tensors, tensors_in
-from xfuser_runtime.transformers.snapshot import ModelSnapshot
 
 logger = logging.getLogger(__name__)
 
-#: Graphs that a transformer keeps; the one unused for longest goes first.
+#: Calls of each patch that a transformer keeps graphs of; the one unused for longest goes first.
 MAX_GRAPHS = 8
 #: Captures that may become stale before the calls are left alone.
 MAX_STALE = 4
@@ -42,19 +51,65 @@ class NotReplayable(Exception):
     """A call that no graph can stand for; the message says why."""
 
 
+class GraphRecorder:
+    """Within `with`: work on the current stream becomes graphs, with steps between them.
+
+    Args:
+        pool: the memory of the graphs.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+        self._steps: list[Callable[[], object]] = []
+
+    def __enter__(self) -> GraphRecorder:
+        self._begin()
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        # What failed has ended the capture on its side: that this says so too tells nothing.
+        with contextlib.suppress(*() if kind is None else (RuntimeError,)):
+            self._end()
+
+    def put_between(self, step: Callable[[], object]) -> None:
+        """Let `step` run in every replay, after what was captured so far; now it does not."""
+        self._end()
+        self._steps.append(step)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        # Other threads (NCCL's watchdog) go on calling CUDA during the capture.
+        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+
+    def _end(self) -> None:
+        with warnings.catch_warnings():
+            # Between two messages there may be nothing.
+            warnings.filterwarnings("ignore", ".*CUDA Graph is empty")
+            self._graph.capture_end()
+        self._steps.append(self._graph.replay)
+
+    def replay(self) -> None:
+        """Run all of it on the current stream."""
+        for step in self._steps:
+            step()
+
+
 @dataclass
 class CapturedCall:
     """A captured call.
 
     Args:
-        inputs: nested arguments whose tensors the graph reads.
-        output: nested output whose tensors the graph writes.
-        replay: runs the graph on the current stream.
+        inputs: nested arguments whose tensors the graphs read.
+        output: nested output whose tensors the graphs write.
+        replay: runs the graphs on the current stream.
+        addresses: of the tensors that passes keep for each other.
     """
 
     inputs: Any
     output: Any
     replay: Callable[[], None]
+    addresses: tuple[int, ...] = ()
 
     def __call__(self, arguments: Any) -> Any:
         """The output for other arguments of the same signature."""
@@ -71,6 +126,8 @@ class CallReplayer:
 
     Args:
         capture: captures a function without arguments; None for CUDA graphs.
+        channel: to and from the neighbouring stages, where there are any.
+        streams: whole streams that patches fill.
 
     Attributes:
         reasons: why calls were not captured, in the order in which the reasons came up.
@@ -78,14 +135,25 @@ class CallReplayer:
         replays: calls that were answered by a graph.
     """
 
-    def __init__(self, capture: Capture | None = None) -> None:
+    def __init__(
+        self,
+        capture: Capture | None = None,
+        *,
+        channel: P2PChannel | None = None,
+        streams: Mapping[Any, Any] | None = None,
+    ) -> None:
         self.reasons: list[str] = []
         self.capture_seconds = 0.0
         self.replays = 0
         self._capture = capture
+        self._channel = channel
+        self._streams = streams or {}
         self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+        # A call seen once has no graph yet.
         self._calls: OrderedDict[Hashable, CapturedCall | None] = OrderedDict()
         self._snapshot: ModelSnapshot | None = None
+        self._sites: list[CallSites[Any]] = []
         self._num_stale = 0
 
     def call(
@@ -96,21 +164,27 @@ class CallReplayer:
         kwargs: dict[str, Any],
     ) -> Any:
         """`function(model, *args, **kwargs)`."""
-        if not self._is_wanted((args, kwargs)):
+        if not self._is_wanted():
             return function(model, *args, **kwargs)
         try:
-            key = self._key(args, kwargs)
             if self._snapshot is not None and not self._snapshot.holds():
                 self._forget()
+            kept = self._kept(model)
+            key = (*self._key(args, kwargs), kept.form)
             captured = self._calls.get(key)
-            if captured is None and key in self._calls:
-                captured = self._captured(function, model, args, kwargs)
+            has_moved = captured is None or captured.addresses != kept.addresses
+            if has_moved and key in self._calls:
+                captured = self._captured(function, model, args, kwargs, kept)
         except NotReplayable as error:
             self._tell(str(error))
             return function(model, *args, **kwargs)
-        self._keep(key, captured)
         if captured is None:
-            return function(model, *args, **kwargs)
+            output = function(model, *args, **kwargs)
+            # A call that changes what passes keep is never captured.
+            if self._kept(model) == kept:
+                self._keep(key, None)
+            return output
+        self._keep(key, captured)
         self.replays += 1
         return captured((args, kwargs))
 
@@ -119,24 +193,17 @@ class CallReplayer:
         self._calls.clear()
         self._snapshot = self._pool = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CallReplayer:
-        # A copied transformer has weights of its own.
-        return CallReplayer(self._capture)
-
-    def _is_wanted(self, arguments: Any) -> bool:
+    def _is_wanted(self) -> bool:
         """False where a graph is not asked for, which needs no explanation."""
         state = get_runtime_state()
         if torch.compiler.is_compiling() or parallel_state.is_dry_run():
             return False
         if not state.runtime_config.use_cuda_graph or self._num_stale > MAX_STALE:
             return False
-        if self._capture is not None:
-            return True
-        tensors = tensors_in(arguments)
-        return (
-            any(x.is_cuda for x in tensors)
-            and not torch.cuda.is_current_stream_capturing()
-        )
+        if state.num_patches > 1 and (state.patch is None or state.step == 0):
+            # It begins what the passes over patches go on with.
+            return False
+        return self._capture is not None or not torch.cuda.is_current_stream_capturing()
 
     def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         """All that a graph is fixed to; calls of a pass never share one.
@@ -145,10 +212,6 @@ class CallReplayer:
             NotReplayable: the pass or the arguments change what a graph cannot.
         """
         state = get_runtime_state()
-        if parallel_state.get_pipeline_parallel_world_size() > 1:
-            raise NotReplayable("stages wait for each other in the host")
-        if state.patch is not None or state.num_patches > 1:
-            raise NotReplayable("the pass keeps keys and values for others")
         if torch.is_grad_enabled():
             raise NotReplayable("gradients are enabled")
         devices = {x.device for x in tensors_in((args, kwargs))}
@@ -160,7 +223,21 @@ class CallReplayer:
         autocast = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype(
             "cuda"
         )
-        return (call_index, autocast, tuple(_describe((args, kwargs))))
+        return (
+            (call_index, state.patch, state.num_patches),
+            (state.latents_shape, *state.loop_shapes.items()),
+            autocast,
+            tuple(_describe((args, kwargs))),
+        )
+
+    def _kept(self, model: nn.Module) -> KeptState:
+        """What the passes over patches keep for each other; nothing without patches."""
+        if get_runtime_state().num_patches == 1:
+            return KeptState()
+        # Of a model that is watched for changes the layers need not be gone through again.
+        if self._snapshot is None:
+            self._sites = list(call_sites(model))
+        return KeptState.of(self._sites, self._streams)
 
     def _captured(
         self,
@@ -168,6 +245,7 @@ class CallReplayer:
         model: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
+        kept: KeptState,
     ) -> CapturedCall:
         """Capture the call; nothing is computed yet.
 
@@ -183,29 +261,44 @@ class CallReplayer:
         except Exception as error:
             self._num_stale = MAX_STALE + 1
             raise NotReplayable(f"the capture failed: {_first_line(error)}") from error
+        if self._kept(model) != kept:
+            self._num_stale = MAX_STALE + 1
+            raise NotReplayable("passes over patches change what they keep otherwise")
         self.capture_seconds += time.perf_counter() - start
         if self._snapshot is None:
             self._snapshot = ModelSnapshot(model)
-        return CapturedCall(inputs, output, replay)
+        return CapturedCall(inputs, output, replay, kept.addresses)
 
     def _capture_on_device(
         self, function: Callable[[], Any]
     ) -> tuple[Callable[[], None], Any]:
         if self._pool is None:
-            # One pool for all: outputs are cloned, so graphs may write over each other.
+            # One pool for all: outputs are cloned, so graphs may write over each other. Memory
+            # goes from one to the next on the same stream alone.
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (NCCL's watchdog) go on calling CUDA during the capture.
-        with torch.cuda.graph(
-            graph, pool=self._pool, capture_error_mode="thread_local"
-        ):
+            self._stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        recorder = GraphRecorder(self._pool)
+        with torch.cuda.stream(self._stream), recorder, self._recording(recorder):
             output = function()
-        return graph.replay, output
+        return recorder.replay, output
+
+    @contextlib.contextmanager
+    def _recording(self, recorder: GraphRecorder) -> Iterator[None]:
+        """Within the block messages between stages become steps of a recorder."""
+        if self._channel is None:
+            yield
+            return
+        self._channel.recorder = recorder.put_between
+        try:
+            yield
+        finally:
+            self._channel.recorder = None
 
     def _keep(self, key: Hashable, captured: CapturedCall | None) -> None:
         self._calls[key] = captured
         self._calls.move_to_end(key)
-        while len(self._calls) > MAX_GRAPHS:
+        while len(self._calls) > MAX_GRAPHS * get_runtime_state().num_patches:
             self._calls.popitem(last=False)
 
     def _forget(self) -> None:
