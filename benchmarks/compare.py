@@ -17,6 +17,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         Row(model, size, layout)
         for model in args.models
         for size in args.sizes
-        for layout in chosen_layouts(args, model, on_gpu)
+        for layout in chosen_layouts(args, model, size, on_gpu)
     ]
     server = ProcessServer(args.output, args.timeout)
     for number in range(args.rounds):
@@ -91,7 +92,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--repeats", type=int, default=3, help="timed calls in a round")
     add("--rounds", type=int, default=1, help="turns through all layouts")
     add("--timeout", type=float, default=300, help="seconds for one layout")
-    add("--only", default="", help="layouts whose name holds one of these, by comma")
+    add(
+        "--only",
+        default="",
+        help="rows that match one of these regular expressions, by comma, as they are named in "
+        "the output (flux 1024 porter ulysses2 graph)",
+    )
     add(
         "--no_p2p",
         "--no-p2p",
@@ -121,8 +127,10 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def chosen_layouts(args: argparse.Namespace, model: str, on_gpu: bool) -> list[Layout]:
-    """The layouts of a model that the flags ask for; stock on one GPU always."""
+def chosen_layouts(
+    args: argparse.Namespace, model: str, size: int, on_gpu: bool
+) -> list[Layout]:
+    """The layouts of a model that the flags ask for; with any also stock on one GPU."""
     from benchmarks import engines
 
     found = [
@@ -139,13 +147,16 @@ def chosen_layouts(args: argparse.Namespace, model: str, on_gpu: bool) -> list[L
     ]
     if args.no_p2p:
         found += without_peer_access(found)
-    words = [word for word in args.only.split(",") if word]
-    first = [Layout(STOCK, "one", precise=True)] if args.fp32 else []
-    return first + [
+    wanted = [re.compile(text) for text in args.only.split(",") if text]
+    chosen = [
         layout
-        for index, layout in enumerate(found)
-        if index == 0 or not words or any(word in layout.name for word in words)
+        for layout in found
+        if not wanted or any(x.search(f"{model} {size} {layout.name}") for x in wanted)
     ]
+    if not chosen:
+        return []
+    first = [Layout(STOCK, "one", precise=True)] if args.fp32 else []
+    return first + found[:1] + [layout for layout in chosen if layout != found[0]]
 
 
 def make_ports(models: Sequence[str], generated: str) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from benchmarks.layouts import OURS
 from benchmarks.results import Row, best_peer, best_single, is_slower
 
 _HEADER = (
@@ -71,10 +72,32 @@ def table(rows: list[Row]) -> str:
             "" if row.rounding is None else f"{row.rounding:.1e}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    without = _without_compiling(rows)
+    lines += [f"\n{without}"] if without else []
     notes = dict.fromkeys(
         f"{row.layout.name}: {note}" for row in rows for note in row.notes
     )
     return "\n".join([*lines, *(f"\n{note}" for note in notes)])
+
+
+def _without_compiling(rows: list[Row]) -> str:
+    """Our best row that is not compiled, and how it stands to the best such peer."""
+    ours = [
+        row
+        for row in rows
+        if row.layout.engine == OURS
+        and row.layout.num_ranks > 1
+        and not row.layout.compiled
+        and row.median_ms is not None
+    ]
+    best = min(ours, key=lambda row: row.median_ms or 0, default=None)
+    peer = None if best is None else best_peer(rows, compiled=False, like=best)
+    if best is None or best.median_ms is None or peer is None:
+        return ""
+    return (
+        f"Without compiling: {best.layout.name} is {_ratio(peer, best.median_ms)} of the best "
+        f"peer, {peer:.1f} ms."
+    )
 
 
 def plot(rows: Iterable[Row], path: Path) -> None:

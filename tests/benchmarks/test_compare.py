@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from benchmarks import report
-from benchmarks.compare import main, relative_difference
+from benchmarks.compare import (
+    build_parser,
+    chosen_layouts,
+    main,
+    relative_difference,
+)
 from benchmarks.layouts import (
     CONTEXT_PARALLEL,
     OURS,
@@ -121,6 +126,27 @@ def test_the_best_of_each_side() -> None:
     table = report.table(rows)
     assert "| porter ulysses2 compiled | 80.0 | 1.75x | 1.25x |" in table
     assert "| porter ring2 **(slower than one GPU)** | 150.0 |" in table
+    # Of ours on several GPUs the one that is not compiled, to the peer that is not.
+    assert (
+        "Without compiling: porter ring2 is 1.13x of the best peer, 170.0 ms." in table
+    )
+    assert "Without compiling" not in report.table(rows[:3])
+
+
+@pytest.mark.parametrize(
+    ("only", "model", "expected"),
+    [
+        ("", "flux", 5),
+        ("flux 128 porter", "flux", 5),
+        ("flux 128 porter", "sd3", 0),
+        ("porter ring2$,porter one$", "flux", 3),
+    ],
+)
+def test_rows_are_chosen_by_their_names(only: str, model: str, expected: int) -> None:
+    args = build_parser().parse_args(["--gpus", "2", "--only", only])
+    found = chosen_layouts(args, model, 128, on_gpu=False)
+    assert len(found) == expected
+    assert not found or found[0] == Layout(STOCK, "one")
 
 
 def test_what_counts_as_fine() -> None:
