@@ -22,12 +22,20 @@ from xfuser_runtime.cuda.kernel import empty_joined, kernel
 from xfuser_runtime.cuda.nodes import argument, is_call, replace_call, value_of
 
 
-def modulate_at_once(graph: Graph) -> None:
-    """Let one operation make each modulated norm in `graph`, in place."""
+def modulate_at_once(graph: Graph, *, with_computed_rows: bool = False) -> None:
+    """Let one operation make each modulated norm in `graph`, in place.
+
+    Args:
+        graph: of a block.
+        with_computed_rows: of rows that the block computes, too.
+    """
     target = torch.ops.xfuser_kernels.modulated_norm.default
     for node in list(graph.nodes):
         found = _as_modulated_norm(node)
-        if found is not None:
+        if found is None:
+            continue
+        parts = found.arguments[0]
+        if with_computed_rows or all(part.op == "placeholder" for part in parts):
             replace_call(graph, found.first, node, target, *found.arguments)
 
 
@@ -81,8 +89,6 @@ def _as_modulated_norm(node: Any) -> _ModulatedNorm | None:
     first, parts = norm, [rows]
     if is_call(rows, torch.cat) and argument(rows, 1, "dim", 0) == 1:
         first, parts = rows, list(argument(rows, 0, "tensors"))
-    if any(part.op != "placeholder" for part in parts):
-        return None
     return _ModulatedNorm(first, (parts, scale, shift, eps))
 
 

@@ -15,6 +15,7 @@ from xfuser_runtime.cuda import (
     norms,
     overlap,
     products,
+    residuals,
     rotary,
     stacked,
     symmetric,
@@ -26,13 +27,10 @@ class CodePass(CustomGraphPass):
 
     def __call__(self, graph: Graph) -> None:
         """Rewrite the graph of a block in place."""
-        if torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             # The operations are for inference.
-            return
-        products.take_in_gelu(graph)
-        products.take_in_joining(graph)
-        rotary.rotate_at_once(graph)
-        norms.modulate_at_once(graph)
+            _put_larger_operations(graph)
+            norms.modulate_at_once(graph)
 
     def uuid(self) -> Any:
         """Of this code, for the cache of compiled graphs."""
@@ -58,10 +56,21 @@ def _hash_of(*modules: Any) -> Any:
 
 def rewrite(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """A backend of `torch.compile` that compiles nothing: larger operations, the rest as it is."""
-    CodePass()(module.graph)
-    nodes.drop_unread(module.graph)
-    module.recompile()
+    if not torch.is_grad_enabled():
+        graph = module.graph
+        _put_larger_operations(graph)
+        # What the compiler makes one kernel of without being told.
+        norms.modulate_at_once(graph, with_computed_rows=True)
+        residuals.add_gated_at_once(graph)
+        nodes.drop_unread(graph)
+        module.recompile()
     return module.forward
+
+
+def _put_larger_operations(graph: Graph) -> None:
+    products.take_in_gelu(graph)
+    products.take_in_joining(graph)
+    rotary.rotate_at_once(graph)
 
 
 #: Options of `torch.compile` for blocks: one object, since code is shared by blocks that were

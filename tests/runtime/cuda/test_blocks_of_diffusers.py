@@ -32,9 +32,14 @@ EXPECTED = {
 }
 
 
+@pytest.mark.parametrize("for_compiler", [True, False])
 @pytest.mark.parametrize(("name", "blocks"), EXPECTED)
 def test_the_same_result(
-    name: str, blocks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    blocks: str,
+    for_compiler: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(products, "MIN_ROWS", 1)
     monkeypatch.setattr(products, "MIN_COLUMNS", 1)
@@ -48,7 +53,9 @@ def test_the_same_result(
     found: list[Any] = []
 
     def checked(block: Any) -> Any:
-        made, kernels = rewritten(block.forward, fullgraph=False)
+        made, kernels = rewritten(
+            block.forward, fullgraph=False, for_compiler=for_compiler
+        )
 
         def run(*args: Any, **kwargs: Any) -> Any:
             expected = block.__class__.forward(block, *args, **copied(kwargs))
