@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -220,3 +222,32 @@ def test_receiving_can_overlap_with_work() -> None:
         return buffer.sum().item()
 
     assert run_ranks(overlap, 2) == [4, 0]
+
+
+def test_a_captured_call_sends_when_it_is_replayed() -> None:
+    """Each replay sends what its tensors hold then, as a copy that the next may not write to."""
+
+    def replay(rank: int) -> list[float]:
+        initialize_model_parallel(ParallelConfig(pipefusion_parallel_degree=2))
+        channel = P2PChannel(get_pp_group())
+        steps: list[Any] = []
+        channel.recorder = steps.append
+        static = torch.zeros(4)
+        if rank == 0:
+            channel.send(static, 1)
+        else:
+            assert channel.recv(static, 0) is static
+        channel.recorder = None
+        assert len(steps) == 1 and not channel._pending
+        seen = []
+        for value in (1.0, 2.0):
+            if rank == 0:
+                static.fill_(value)
+            steps[0]()
+            if rank == 0:
+                static.fill_(-1)
+            seen.append(static.sum().item())
+        channel.wait()
+        return seen
+
+    assert run_ranks(replay, 2)[1] == [4, 8]
