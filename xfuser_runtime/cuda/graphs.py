@@ -147,7 +147,8 @@ class CallReplayer:
         self.replays = 0
         self._capture = capture
         self._channel = channel
-        self._streams = streams or {}
+        # The one that is filled later, though it is empty now.
+        self._streams = {} if streams is None else streams
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
         # A call seen once has no graph yet.

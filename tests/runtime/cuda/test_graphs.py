@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.runtime.cuda.played import played
 from xfuser_runtime.attention.cache import KVCache
 from xfuser_runtime.attention.keys import KeyBlock
 from xfuser_runtime.config import EngineConfig, RuntimeConfig
@@ -51,20 +52,6 @@ class Model(nn.Module):
     def compute(self, x: torch.Tensor, *, factor: Any = 1.0, **_: Any) -> Any:
         scale = self.layer.scaling["default"] * self.layer.processor.scale
         return {"sample": self.layer(x) * factor * scale, "text": (x + 1,)}
-
-
-def played(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """As a CUDA graph: `replay` computes from the inputs' memory into the output's."""
-    output = function()
-    tensors = tensors_in(output)
-    for tensor in tensors:
-        tensor.fill_(float("nan"))  # a capture computes nothing
-
-    def replay() -> None:
-        for target, found in zip(tensors, tensors_in(function()), strict=True):
-            target.copy_(found)
-
-    return replay, output
 
 
 class Captures:
@@ -313,6 +300,20 @@ class TestPatches:
         self.passes(replayer, model)
         ((_, cache),) = vars(model.layer)["_xfuser_attention_site"].caches.items()
         cache._key = cache._key.clone()
+        assert self.passes(replayer, model) == [False] + [True] * 6
+        assert captures.count == 4
+
+    def test_whole_streams_that_moved_are_captured_again(
+        self, state: RuntimeState
+    ) -> None:
+        captures, model = Captures(), KeepingModel()
+        streams: dict[str, Any] = {}
+        replayer = CallReplayer(captures, streams=streams)
+        # As a transformer's first pass makes them, after its replayer.
+        streams["blocks"] = {"image": torch.zeros(1)}
+        self.passes(replayer, model)
+        assert captures.count == 2
+        streams["blocks"] = {"image": torch.zeros(2)[1:]}
         assert self.passes(replayer, model) == [False] + [True] * 6
         assert captures.count == 4
 

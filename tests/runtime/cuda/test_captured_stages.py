@@ -1,4 +1,4 @@
-"""Stages on two GPUs: their calls are captured with the messages between the graphs."""
+"""Stages: their calls are captured with the messages between the graphs; on CPU that is played."""
 
 from __future__ import annotations
 
@@ -12,23 +12,28 @@ import torch
 
 from porter.generate import plan
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
-]
-
 ROOT = Path(__file__).parents[3]
-NAMES = [
+TOYS = [
     "tests.toys.joint_pipeline:ToyJointPipeline",
     "tests.toys.batched_pipeline:ToyBatchedPipeline",
-    "FluxPipeline",
 ]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without CUDA is meant")
+def test_played_calls_of_stages(tmp_path: Path) -> None:
+    _check(tmp_path, TOYS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_captured_calls_of_stages(tmp_path: Path) -> None:
-    plan(NAMES, tmp_path).write(tmp_path)
+    _check(tmp_path, [*TOYS, "FluxPipeline"])
+
+
+def _check(folder: Path, names: list[str]) -> None:
+    plan(names, folder).write(folder)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    script = ["-m", "tests.runtime.cuda.captured_stages", str(tmp_path), *NAMES]
+    script = ["-m", "tests.runtime.cuda.captured_stages", str(folder), *names]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     found = subprocess.run(
         [*command, *script],
