@@ -14,14 +14,14 @@ from xfuser_runtime.cuda.passes import CodePass, rewrite
 def rewritten(
     call: Callable[..., Any], fullgraph: bool = True, *, for_compiler: bool = True
 ) -> tuple[Callable[..., Any], list[Node]]:
-    """A function whose graph is rewritten when it is called, and the operations then in it.
+    """A function whose graph is rewritten when it is called, and the calls then in it.
 
     Args:
         call: the function.
         fullgraph: all of it must be one graph.
         for_compiler: as for the compiler, else as where there is none.
     """
-    kernels: list[Node] = []
+    calls: list[Node] = []
 
     def backend(module: GraphModule, inputs: Any) -> Callable[..., Any]:
         if for_compiler:
@@ -29,22 +29,34 @@ def rewritten(
             module.recompile()
         run = module.forward if for_compiler else rewrite(module, inputs)
         module.graph.lint()
-        kernels.extend(
-            x for x in module.graph.nodes if "xfuser_kernels" in str(x.target)
+        calls.extend(
+            x for x in module.graph.nodes if x.op in ("call_function", "call_method")
         )
         return run
 
     torch.compiler.reset()
-    return torch.compile(call, backend=backend, fullgraph=fullgraph), kernels
+    return torch.compile(call, backend=backend, fullgraph=fullgraph), calls
 
 
 def check(
     call: Callable[..., Any], *arguments: Any, for_compiler: bool = True
 ) -> list[Node]:
-    """The operations in the rewritten call, which gives what the call gives."""
-    made, kernels = rewritten(call, for_compiler=for_compiler)
+    """This package's operations in the rewritten call, which gives what the call gives."""
+    return kernels_in(calls_of(call, *arguments, for_compiler=for_compiler))
+
+
+def calls_of(
+    call: Callable[..., Any], *arguments: Any, for_compiler: bool = True
+) -> list[Node]:
+    """All calls in the rewritten call, which gives what the call gives."""
+    made, calls = rewritten(call, for_compiler=for_compiler)
     torch.testing.assert_close(made(*arguments), call(*arguments))
-    return kernels
+    return calls
+
+
+def kernels_in(calls: list[Node]) -> list[Node]:
+    """Those of this package."""
+    return [node for node in calls if "xfuser_kernels" in str(node.target)]
 
 
 def names(kernels: list[Node]) -> list[str]:

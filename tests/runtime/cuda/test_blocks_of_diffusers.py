@@ -12,7 +12,7 @@ import torch
 from porter.probe.capture import copied, first_step_calls
 from porter.probe.stock import upstream_runs
 from porter.shrink import call_kwargs, make_checkpoint
-from tests.runtime.cuda.rewritten import names, rewritten
+from tests.runtime.cuda.rewritten import kernels_in, names, rewritten
 from xfuser_runtime.cuda import products
 
 EXPECTED = {
@@ -53,7 +53,7 @@ def test_the_same_result(
     found: list[Any] = []
 
     def checked(block: Any) -> Any:
-        made, kernels = rewritten(
+        made, calls = rewritten(
             block.forward, fullgraph=False, for_compiler=for_compiler
         )
 
@@ -61,7 +61,7 @@ def test_the_same_result(
             expected = block.__class__.forward(block, *args, **copied(kwargs))
             out = made(*args, **copied(kwargs))
             torch.testing.assert_close(out, expected)
-            found.extend(kernels)
+            found.extend(kernels_in(calls))
             return expected
 
         return run

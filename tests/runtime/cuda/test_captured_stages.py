@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from porter.generate import plan
+from tests.runtime.cuda.two_processes import check_fine
 
-ROOT = Path(__file__).parents[3]
 TOYS = [
     "tests.toys.joint_pipeline:ToyJointPipeline",
     "tests.toys.batched_pipeline:ToyBatchedPipeline",
@@ -32,17 +29,4 @@ def test_captured_calls_of_stages(tmp_path: Path) -> None:
 
 def _check(folder: Path, names: list[str]) -> None:
     plan(names, folder).write(folder)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
-    script = ["-m", "tests.runtime.cuda.captured_stages", str(folder), *names]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    found = subprocess.run(
-        [*command, *script],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert found.returncode == 0, found.stderr[-4000:]
-    assert found.stdout.split().count("fine") == 2
+    check_fine("-m", "tests.runtime.cuda.captured_stages", str(folder), *names)

@@ -9,8 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.runtime.cuda.rewritten import check, names, rewritten
-from xfuser_runtime.cuda import passes
+from tests.runtime.cuda.rewritten import calls_of, check, names, rewritten
 
 pytestmark = pytest.mark.usefixtures("inference")
 
@@ -68,28 +67,17 @@ def targets_of(
     call: Callable[..., Any], *arguments: torch.Tensor, for_compiler: bool = False
 ) -> list[str]:
     """What the rewritten call calls; it gives what the call gives."""
-    found: list[str] = []
-
-    def backend(module: Any, inputs: Any) -> Callable[..., Any]:
-        run: Callable[..., Any] = module.forward
-        if for_compiler:
-            passes.CodePass()(module.graph)
-        else:
-            run = passes.rewrite(module, inputs)
-        for node in module.graph.nodes:
-            if node.op in ("call_function", "call_method"):
-                held = isinstance(node.target, torch._ops.OpOverload)
-                found.append(
-                    str(node.target)
-                    if held
-                    else getattr(node.target, "__name__", str(node.target))
-                )
-        return run
-
-    torch.compiler.reset()
-    made = torch.compile(call, backend=backend, fullgraph=True)
-    torch.testing.assert_close(made(*arguments), call(*arguments))
-    return found
+    return [
+        (
+            str(target)
+            if isinstance(target, torch._ops.OpOverload)
+            else getattr(target, "__name__", str(target))
+        )
+        for target in (
+            node.target
+            for node in calls_of(call, *arguments, for_compiler=for_compiler)
+        )
+    ]
 
 
 def of_what_is_computed(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
