@@ -94,7 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--timeout", type=float, default=300, help="seconds for one layout")
     add(
         "--only",
-        default="",
+        type=_patterns,
+        default=[],
         help="rows that match one of these regular expressions, by comma, as they are named in "
         "the output (flux 1024 porter ulysses2 graph)",
     )
@@ -147,11 +148,11 @@ def chosen_layouts(
     ]
     if args.no_p2p:
         found += without_peer_access(found)
-    wanted = [re.compile(text) for text in args.only.split(",") if text]
     chosen = [
         layout
         for layout in found
-        if not wanted or any(x.search(f"{model} {size} {layout.name}") for x in wanted)
+        if not args.only
+        or any(x.search(f"{model} {size} {layout.name}") for x in args.only)
     ]
     if not chosen:
         return []
@@ -234,7 +235,7 @@ def _write(rows: list[Row], args: argparse.Namespace) -> None:
         f"{','.join(map(str, args.sizes))} "
         f"--gpus {','.join(map(str, args.gpus))} --steps {args.steps} "
         f"--repeats {args.repeats} --rounds {args.rounds}"
-        + (f" --only {args.only}" if args.only else "")
+        + (f" --only {','.join(x.pattern for x in args.only)}" if args.only else "")
         + (" --no_p2p" if args.no_p2p else "")
         + (" --fp32" if args.fp32 else "")
         + (f" --other_size {args.other_size}" if args.other_size else "")
@@ -276,6 +277,15 @@ def _names(text: str) -> list[str]:
                 f"{name!r}, expected one of {', '.join(MODELS)}"
             )
     return found
+
+
+def _patterns(text: str) -> list[re.Pattern[str]]:
+    try:
+        return [re.compile(part) for part in text.split(",") if part]
+    except re.error as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, expected regular expressions: {error}"
+        ) from error
 
 
 def _numbers(text: str) -> list[int]:

@@ -149,6 +149,13 @@ def test_rows_are_chosen_by_their_names(only: str, model: str, expected: int) ->
     assert not found or found[0] == Layout(STOCK, "one")
 
 
+def test_a_broken_expression_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refused:
+        build_parser().parse_args(["--only", "flux ("])
+    assert refused.value.code == 2
+    assert "'flux (', expected regular expressions" in capsys.readouterr().err
+
+
 def test_what_counts_as_fine() -> None:
     fine = row(OURS, "ulysses2", 1)
     assert is_fine(fine, 0.01)

@@ -31,11 +31,12 @@ def _is_gated(gated: Any, residual: Any, result: Node) -> bool:
     """Whether `gated` is a product for this sum alone, of tensors of one type."""
     if not is_call(gated, *_PRODUCTS) or len(gated.users) > 1 or gated.kwargs:
         return False
-    values = [value_of(x) for x in (result, residual, *gated.args)]
-    shape = None if values[0] is None else values[0].shape
+    whole = value_of(result)
+    rows, *factors = (value_of(x) for x in (residual, *gated.args))
+    if whole is None or not whole.is_floating_point():
+        return False
     return (
-        all(x is not None and x.dtype == values[0].dtype for x in values)
-        and values[0].is_floating_point()
-        and shape in [values[1].shape]
-        and shape in [x.shape for x in values[2:]]
+        all(x is not None and x.dtype == whole.dtype for x in (rows, *factors))
+        and rows.shape == whole.shape
+        and whole.shape in [x.shape for x in factors]
     )
