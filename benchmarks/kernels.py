@@ -61,7 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     def call() -> None:
-        arguments = call_arguments(model, stock, size=args.size, steps=steps, tiny=False)
+        arguments = call_arguments(
+            model, stock, size=args.size, steps=steps, tiny=False
+        )
         with torch.no_grad():
             pipeline(**arguments)
         torch.cuda.synchronize()
@@ -90,7 +92,9 @@ def table(kernels: Sequence[tuple[str, float, float]], *, longest: int = 10) -> 
     gaps = gaps_between((start, end) for _, start, end in kernels)
     long = [gap for gap in gaps if gap >= LONG_GAP]
     by_kind["nothing runs"] = sum(gaps)
-    by_kind[f"of it in {len(long) / _STEPS:.1f} gaps of {LONG_GAP} us or more"] = sum(long)
+    by_kind[f"of it in {len(long) / _STEPS:.1f} gaps of {LONG_GAP} us or more"] = sum(
+        long
+    )
     span = max(end for _, _, end in kernels) - min(start for _, start, _ in kernels)
     lines = ["| part | ms a step |", "| --- | ---: |"]
     lines += [f"| {kind} | {t / 1e3 / _STEPS:.2f} |" for kind, t in by_kind.items()]
@@ -103,7 +107,9 @@ def table(kernels: Sequence[tuple[str, float, float]], *, longest: int = 10) -> 
     return "\n".join(lines)
 
 
-def marked(kernels: Sequence[tuple[str, float, float]]) -> list[tuple[str, float, float]]:
+def marked(
+    kernels: Sequence[tuple[str, float, float]],
+) -> list[tuple[str, float, float]]:
     """The kernels of the last `_STEPS` steps, without the marks.
 
     Args:

@@ -11,7 +11,7 @@ _LIBRARY = torch.library.Library("xfuser_kernels", "FRAGMENT")
 _TAGS = (torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag)
 
 
-def kernel(name: str, fake: Callable[..., torch.Tensor]) -> Callable[[Any], Any]:
+def kernel(name: str, fake: Callable[..., Any]) -> Callable[[Any], Any]:
     """Make a function an operator for inference that compiled code calls.
 
     It writes to none of its inputs and takes them with any strides: copies that make them
@@ -21,7 +21,7 @@ def kernel(name: str, fake: Callable[..., torch.Tensor]) -> Callable[[Any], Any]
 
     Args:
         name: of the operator, in the namespace `xfuser_kernels`.
-        fake: gives an empty result for the same arguments.
+        fake: gives empty results for the same arguments.
     """
 
     def register(function: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -91,15 +91,67 @@ def replace_call(
         target: an operator.
         *args: its arguments.
     """
-    nodes = list(graph.nodes)
-    if any(map(_writes, nodes[nodes.index(first) : nodes.index(node)])):
+    if is_written_between(graph, first, node):
         return
     with graph.inserting_before(node):
         new = graph.call_function(target, args)
-    new.meta["example_value"] = node.meta["example_value"]
+    _put(graph, new, node)
+
+
+def replace_pair(
+    graph: Graph,
+    first: Node,
+    pair: tuple[Node, Node],
+    between: Sequence[Node],
+    target: Any,
+    *args: Any,
+) -> None:
+    """Let the two results of `target` be what a pair of nodes was, as `replace_call` does.
+
+    The operator stands at the place of the second node; where others read the first one before,
+    nothing is done.
+
+    Args:
+        graph, first, target, args: as for `replace_call`.
+        pair: to be replaced, in their order in the graph.
+        between: what makes the second of the first, for nobody else; in their order.
+    """
+    earlier, last = pair
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    readers = set(earlier.users) - set(between)
+    if any(order[x] < order[last] for x in readers):
+        return
+    if is_written_between(graph, first, last):
+        return
+    with graph.inserting_before(last):
+        made = graph.call_function(target, args)
+        results = [
+            graph.call_function(operator.getitem, (made, index)) for index in range(2)
+        ]
+    made.meta["example_value"] = tuple(node.meta["example_value"] for node in pair)
+    _put(graph, results[1], last)
+    for node in reversed(between):
+        graph.erase_node(node)
+    _put(graph, results[0], earlier)
+
+
+def is_written_between(graph: Graph, first: Node, last: Node) -> bool:
+    """Whether a node from `first` on and before `last` may write to a tensor."""
+    nodes = list(graph.nodes)
+    return any(map(_writes, nodes[nodes.index(first) : nodes.index(last)]))
+
+
+def put_in_place(graph: Graph, new: Node, node: Node) -> None:
+    """Let those who read `node` read `new`, which stands there already."""
     node.replace_all_uses_with(new)
     _mark_inputs(node)
     graph.erase_node(node)
+
+
+def _put(graph: Graph, new: Node, node: Node) -> None:
+    """Let a new node be what `node` was."""
+    new.meta["example_value"] = node.meta["example_value"]
+    put_in_place(graph, new, node)
 
 
 def drop_unread(graph: Graph) -> None:

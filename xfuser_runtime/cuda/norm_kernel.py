@@ -1,4 +1,4 @@
-"""The kernel of `modulated_norm`; apart, since Triton is there on GPUs alone."""
+"""The kernels of modulated norms; apart, since Triton is there on GPUs alone."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import triton.language as tl
 
 from xfuser_runtime.cuda.kernel import empty_joined, places
 
-#: Channels that a warp holds.
-WARP_CHANNELS = 512
+#: Channels that a warp holds, of a norm and of one with its sum.
+WARP_CHANNELS, SUM_WARP_CHANNELS = 512, 1024
 MAX_WARPS = 16
 
 
@@ -35,9 +35,46 @@ def launch(
             eps,
             CHANNELS=channels,
             WIDTH=width,
-            num_warps=min(MAX_WARPS, max(1, width // WARP_CHANNELS)),
+            num_warps=_warps(width, WARP_CHANNELS),
         )
     return out
+
+
+def launch_with_sum(
+    residual: torch.Tensor,
+    rows: torch.Tensor,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`modulated_norm_of_sum` on a GPU."""
+    batch, tokens, channels = residual.shape
+    total, out = (empty_joined([residual], 1) for _ in range(2))
+    width = triton.next_power_of_2(channels)
+    terms = [x if x.stride(-1) == 1 else x.contiguous() for x in (residual, rows)]
+    factors = [
+        x.expand(batch, 1, channels)
+        for x in (scale if gate is None else gate, scale, shift)
+    ]
+    _add_and_normalize[(tokens, batch)](
+        *terms,
+        *factors,
+        total,
+        out,
+        *(stride for x in (*terms, total) for stride in x.stride()[:2]),
+        *(x.stride(dim) for x in factors for dim in (0, 2)),
+        eps,
+        GATED=gate is not None,
+        CHANNELS=channels,
+        WIDTH=width,
+        num_warps=_warps(width, SUM_WARP_CHANNELS),
+    )
+    return total, out
+
+
+def _warps(width: int, of_a_warp: int) -> int:
+    return min(MAX_WARPS, max(1, width // of_a_warp))
 
 
 @triton.jit
@@ -65,12 +102,64 @@ def _normalize(  # type: ignore[no-untyped-def]
     read = tl.load(
         rows + sample * rows_0 + token * rows_1 + channel, mask=inside, other=0.0
     )
-    x = read.to(tl.float32)
-    x = tl.where(inside, x - tl.sum(x, 0) / CHANNELS, 0.0)
-    x *= tl.rsqrt(tl.sum(x * x, 0) / CHANNELS + eps)
     factor = tl.load(scale + sample * scale_0 + channel * scale_2, mask=inside, other=0)
     term = tl.load(shift + sample * shift_0 + channel * shift_2, mask=inside, other=0)
-    x = x * (1 + factor.to(tl.float32)) + term.to(tl.float32)
+    x = _modulated(read, inside, factor, term, eps, CHANNELS)
     tl.store(
         out + sample * out_0 + token * out_1 + channel, x.to(read.dtype), mask=inside
     )
+
+
+@triton.jit
+def _add_and_normalize(  # type: ignore[no-untyped-def]
+    residual,
+    rows,
+    gate,
+    scale,
+    shift,
+    total,
+    out,
+    residual_0,
+    residual_1,
+    rows_0,
+    rows_1,
+    total_0,
+    total_1,
+    gate_0,
+    gate_2,
+    scale_0,
+    scale_2,
+    shift_0,
+    shift_2,
+    eps,
+    GATED: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """One row; both results have the same strides."""
+    token, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, WIDTH)
+    inside = channel < CHANNELS
+    place = residual + sample * residual_0 + token * residual_1
+    kept = tl.load(place + channel, mask=inside, other=0.0)
+    place = rows + sample * rows_0 + token * rows_1
+    added = tl.load(place + channel, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        place = gate + sample * gate_0 + channel * gate_2
+        added *= tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    row = (kept.to(tl.float32) + added).to(kept.dtype)
+    place = sample * total_0 + token * total_1 + channel
+    tl.store(total + place, row, mask=inside)
+    factor = tl.load(scale + sample * scale_0 + channel * scale_2, mask=inside, other=0)
+    term = tl.load(shift + sample * shift_0 + channel * shift_2, mask=inside, other=0)
+    x = _modulated(row, inside, factor, term, eps, CHANNELS)
+    tl.store(out + place, x.to(row.dtype), mask=inside)
+
+
+@triton.jit
+def _modulated(row, inside, factor, term, eps, CHANNELS):  # type: ignore[no-untyped-def]
+    """A row, zeros outside its channels, normed, scaled and shifted, in fp32."""
+    x = row.to(tl.float32)
+    x = tl.where(inside, x - tl.sum(x, 0) / CHANNELS, 0.0)
+    x *= tl.rsqrt(tl.sum(x * x, 0) / CHANNELS + eps)
+    return x * (1 + factor.to(tl.float32)) + term.to(tl.float32)

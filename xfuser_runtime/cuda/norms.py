@@ -1,8 +1,8 @@
 """Layer norms with the shift and scale of a condition, as one kernel.
 
 The compiler reads a row twice, once for its moments; a kernel that holds a row in registers reads it
-once. It takes the place of norms whose rows lie in memory already: what computes them otherwise
-is one kernel with the norm.
+once. It takes the place of norms whose rows lie in memory already, and of norms of a residual sum
+together with the sum: what else computes rows is one kernel with the norm if the compiler makes it.
 
 Shapes: B samples, S tokens, C channels.
 """
@@ -19,7 +19,14 @@ import torch.nn.functional as F
 from torch.fx import Graph, Node
 
 from xfuser_runtime.cuda.kernel import empty_joined, kernel
-from xfuser_runtime.cuda.nodes import argument, is_call, replace_call, value_of
+from xfuser_runtime.cuda.nodes import (
+    argument,
+    is_call,
+    replace_call,
+    replace_pair,
+    value_of,
+)
+from xfuser_runtime.cuda.residuals import GatedSum, as_sum
 
 
 def modulate_at_once(graph: Graph, *, with_computed_rows: bool = False) -> None:
@@ -37,6 +44,22 @@ def modulate_at_once(graph: Graph, *, with_computed_rows: bool = False) -> None:
         parts = found.arguments[0]
         if with_computed_rows or all(part.op == "placeholder" for part in parts):
             replace_call(graph, found.first, node, target, *found.arguments)
+
+
+def add_and_modulate_at_once(graph: Graph) -> None:
+    """Let one operation make each residual sum in `graph` and its modulated norm, in place."""
+    target = torch.ops.xfuser_kernels.modulated_norm_of_sum.default
+    for node in list(graph.nodes):
+        norm = _as_modulated_norm(node)
+        if norm is None or len(norm.arguments[0]) > 1:
+            continue
+        [rows], *modulation = norm.arguments
+        total = as_sum(rows)
+        terms = None if total is None else _terms_of(total)
+        if total is None or terms is None or any(len(x.users) > 1 for x in norm.steps):
+            continue
+        arguments = (total.residual, *terms, *modulation)
+        replace_pair(graph, total.first, (rows, node), norm.steps, target, *arguments)
 
 
 @kernel("modulated_norm", fake=lambda parts, *_: empty_joined(parts, 1))
@@ -61,11 +84,48 @@ def modulated_norm(
     return F.layer_norm(rows, rows.shape[-1:], eps=eps) * (1 + scale) + shift
 
 
+@kernel(
+    "modulated_norm_of_sum",
+    fake=lambda residual, *_: (
+        empty_joined([residual], 1),
+        empty_joined([residual], 1),
+    ),
+)
+def modulated_norm_of_sum(
+    residual: torch.Tensor,
+    rows: torch.Tensor,
+    gate: torch.Tensor | None,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    eps: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`residual + gate * rows`, rounded once, and its `modulated_norm`: (B, S, C) each.
+
+    Args:
+        residual, rows: (B, S, C).
+        gate: (B, 1, C) or (1, 1, C); None for one.
+        scale, shift, eps: as for `modulated_norm`.
+    """
+    if residual.is_cuda:
+        from xfuser_runtime.cuda.norm_kernel import launch_with_sum
+
+        return launch_with_sum(residual, rows, gate, scale, shift, eps)
+    total = residual + rows if gate is None else torch.addcmul(residual, gate, rows)
+    return total, modulated_norm([total], scale, shift, eps)
+
+
 @dataclass(frozen=True)
 class _ModulatedNorm:
-    """A norm with shift and scale: the first node that reads its rows, and the arguments."""
+    """A norm with shift and scale.
+
+    Args:
+        first: the first node that reads its rows.
+        steps: the norm, and the norm with its scale.
+        arguments: of `modulated_norm`.
+    """
 
     first: Node
+    steps: tuple[Node, Node]
     arguments: tuple[list[Node], Node, Node, float]
 
 
@@ -89,7 +149,7 @@ def _as_modulated_norm(node: Any) -> _ModulatedNorm | None:
     first, parts = norm, [rows]
     if is_call(rows, torch.cat) and argument(rows, 1, "dim", 0) == 1:
         first, parts = rows, list(argument(rows, 0, "tensors"))
-    return _ModulatedNorm(first, (parts, scale, shift, eps))
+    return _ModulatedNorm(first, (norm, product), (parts, scale, shift, eps))
 
 
 def _is_of(result: Node, rows: Any, scale: Any, shift: Any, shape: Any) -> bool:
@@ -98,10 +158,29 @@ def _is_of(result: Node, rows: Any, scale: Any, shift: Any, shape: Any) -> bool:
     whole = values[1]
     if whole is None or whole.dim() != 3:
         return False
-    batch, _, channels = whole.shape
+    channels = whole.shape[-1]
     if not isinstance(channels, int) or tuple(shape) != (channels,):
         return False
-    allowed = ((batch, 1, channels), (1, 1, channels))
     return all(x is not None and x.dtype == whole.dtype for x in values) and all(
-        x is not None and tuple(x.shape) in allowed for x in values[2:]
+        x is not None and tuple(x.shape) in _condition_shapes(whole) for x in values[2:]
     )
+
+
+def _terms_of(total: GatedSum) -> tuple[Node, Node | None] | None:
+    """Rows and gate of a sum; None where the gate is another one for each token."""
+    if len(total.factors) == 1:
+        return total.factors[0], None
+    whole = value_of(total.residual)
+    assert whole is not None
+    for rows, gate in (total.factors, total.factors[::-1]):
+        values = [value_of(x) for x in (rows, gate)]
+        shapes = [tuple(x.shape) for x in values if x is not None]
+        if shapes[0] == tuple(whole.shape) and shapes[1] in _condition_shapes(whole):
+            return rows, gate
+    return None
+
+
+def _condition_shapes(rows: torch.Tensor) -> tuple[tuple[int, int, int], ...]:
+    """Of what is the same for all tokens of a sample."""
+    batch, _, channels = rows.shape
+    return (batch, 1, channels), (1, 1, channels)

@@ -13,6 +13,7 @@ from xfuser_runtime.cuda import (
     kernel,
     nodes,
     norms,
+    ones,
     overlap,
     products,
     residuals,
@@ -34,7 +35,7 @@ class CodePass(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Of this code, for the cache of compiled graphs."""
-        return _hash_of(kernel, nodes, norms, products, rotary)
+        return _hash_of(kernel, nodes, norms, ones, products, residuals, rotary)
 
 
 class BlockPass(CustomGraphPass):
@@ -68,6 +69,8 @@ def rewrite(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
 
 
 def _put_larger_operations(graph: Graph) -> None:
+    ones.drop_divisions(graph)
+    norms.add_and_modulate_at_once(graph)
     products.take_in_gelu(graph)
     products.take_in_joining(graph)
     rotary.rotate_at_once(graph)

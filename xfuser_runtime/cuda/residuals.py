@@ -6,6 +6,7 @@ before    gate * rows | residual + gated        after     residual + gate * rows
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,26 +18,60 @@ _ADDCMUL = torch.ops.aten.addcmul.default
 _SUMS, _PRODUCTS = (operator.add, torch.add), (operator.mul, torch.mul)
 
 
+@dataclass(frozen=True)
+class GatedSum:
+    """A sum of two tensors of one shape and type, of which one may be multiplied by a gate.
+
+    Args:
+        first: the first node that reads what the sum is made of.
+        residual: the other term.
+        factors: the rows and their gate in any order; the rows alone where there is no gate.
+    """
+
+    first: Node
+    residual: Node
+    factors: tuple[Node, ...]
+
+
 def add_gated_at_once(graph: Graph) -> None:
     """Let one operation make each sum in `graph` of rows and gated rows, in place."""
     for node in list(graph.nodes):
-        if is_call(node, *_SUMS) and len(node.args) == 2 and not node.kwargs:
-            for gated, residual in (node.args, node.args[::-1]):
-                if _is_gated(gated, residual, node):
-                    replace_call(graph, gated, node, _ADDCMUL, residual, *gated.args)
-                    break
+        found = as_sum(node)
+        if found is not None and len(found.factors) == 2:
+            replace_call(
+                graph, found.first, node, _ADDCMUL, found.residual, *found.factors
+            )
 
 
-def _is_gated(gated: Any, residual: Any, result: Node) -> bool:
-    """Whether `gated` is a product for this sum alone, of tensors of one type."""
+def as_sum(node: Any) -> GatedSum | None:
+    """The sum that a node is; a product that others read too is a term as any other."""
+    if not is_call(node, *_SUMS) or len(node.args) != 2 or node.kwargs:
+        return None
+    whole = value_of(node)
+    if whole is None or not whole.is_floating_point():
+        return None
+    for gated, residual in (node.args, node.args[::-1]):
+        if _is_like(residual, whole) and _is_gated(gated, whole):
+            return GatedSum(gated, residual, tuple(gated.args))
+    if all(_is_like(term, whole) for term in node.args):
+        residual, rows = node.args
+        return GatedSum(node, residual, (rows,))
+    return None
+
+
+def _is_gated(gated: Any, whole: torch.Tensor) -> bool:
+    """Whether a node is a product for one sum alone, of tensors of its type."""
     if not is_call(gated, *_PRODUCTS) or len(gated.users) > 1 or gated.kwargs:
         return False
-    whole = value_of(result)
-    rows, *factors = (value_of(x) for x in (residual, *gated.args))
-    if whole is None or not whole.is_floating_point():
-        return False
-    return (
-        all(x is not None and x.dtype == whole.dtype for x in (rows, *factors))
-        and rows.shape == whole.shape
-        and whole.shape in [x.shape for x in factors]
+    factors = [value_of(x) for x in gated.args]
+    return all(x is not None and x.dtype == whole.dtype for x in factors) and (
+        whole.shape in [x.shape for x in factors if x is not None]
+    )
+
+
+def _is_like(node: Any, whole: torch.Tensor) -> bool:
+    value = value_of(node)
+    return value is not None and (value.shape, value.dtype) == (
+        whole.shape,
+        whole.dtype,
     )

@@ -18,10 +18,14 @@ from xfuser_runtime.cuda import products
 EXPECTED = {
     # Joined streams, of two kinds of blocks.
     ("FluxPipeline", "transformer_blocks"): {
-        *("gelu_product", "modulated_norm", "rotated_heads"),
+        *("gelu_product", "modulated_norm", "modulated_norm_of_sum", "rotated_heads"),
     },
     ("FluxPipeline", "single_transformer_blocks"): {
         *("gelu_product", "joined_product", "modulated_norm", "rotated_heads"),
+    },
+    # Quotients by one, sums without a gate.
+    ("PixArtAlphaPipeline", "transformer_blocks"): {
+        *("gelu_product", "modulated_norm", "modulated_norm_of_sum"),
     },
     # Heads before tokens.
     ("CogVideoXPipeline", "transformer_blocks"): {"gelu_product", "rotated_heads"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.runtime.cuda.rewritten import check, names
-from xfuser_runtime.cuda.norms import modulated_norm
+from tests.runtime.cuda.rewritten import calls_of, check, names
+from xfuser_runtime.cuda.norms import modulated_norm, modulated_norm_of_sum
 
 pytestmark = pytest.mark.usefixtures("inference")
 
@@ -55,6 +56,89 @@ def test_one_operation(call: Callable[..., Any], more: Any, count: int) -> None:
     assert len(kernels[0].args[0]) == count  # type: ignore[arg-type]
 
 
+def behind_a_sum(x: torch.Tensor, made: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    x = x + y.sin() / 1.0
+    return x * one_stream(x, made)
+
+
+def behind_a_gated_sum(
+    x: torch.Tensor, made: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    gate = made[:, None, :CHANNELS].sin()
+    x = gate * y.sin() + x
+    return x * one_stream(x, made)
+
+
+@pytest.mark.parametrize("call", [behind_a_sum, behind_a_gated_sum])
+@pytest.mark.parametrize("for_compiler", [True, False])
+def test_with_the_sum(call: Callable[..., Any], for_compiler: bool) -> None:
+    kernels = check(call, rows(), modulation(), rows(), for_compiler=for_compiler)
+    assert names(kernels) == ["modulated_norm_of_sum"]
+    assert (kernels[0].args[2] is None) == (call is behind_a_sum)
+
+
+def read_before(x: torch.Tensor, made: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    x = x + y
+    first = x.sin()
+    return first + one_stream(x, made)
+
+
+def written_between(
+    x: torch.Tensor, made: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    made = made.clone()
+    x = x + y
+    made.mul_(2)
+    return x + one_stream(x, made)
+
+
+def norm_read_again(
+    x: torch.Tensor, made: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    scale, shift = made[:, None].chunk(2, dim=2)
+    normed = norm(x + y)
+    return normed * (1 + scale) + shift + normed
+
+
+def of_wider_rows(x: torch.Tensor, made: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    x = x + y[:, :1]
+    return x + one_stream(x, made)
+
+
+@pytest.mark.parametrize(
+    "call", [read_before, written_between, norm_read_again, of_wider_rows]
+)
+def test_other_sums_stay(call: Callable[..., Any]) -> None:
+    assert not check(call, rows(), modulation(), rows())
+
+
+def divided(x: torch.Tensor, made: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x / 1.0 + y / 2.0
+
+
+def kept_as_it_was(
+    x: torch.Tensor, made: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    x = x + y
+    quotient = x / 1.0
+    x.mul_(2)
+    return x + quotient
+
+
+def of_another_type(
+    x: torch.Tensor, made: torch.Tensor, y: torch.Tensor
+) -> torch.Tensor:
+    return x + y.long() / 1
+
+
+@pytest.mark.parametrize(
+    ("call", "count"), [(divided, 1), (kept_as_it_was, 1), (of_another_type, 1)]
+)
+def test_divisions_by_one(call: Callable[..., Any], count: int) -> None:
+    calls = calls_of(call, rows(), modulation(), rows(), for_compiler=False)
+    assert sum(node.target is operator.truediv for node in calls) == count
+
+
 def of_what_is_computed(x: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
     return one_stream(x.sin(), made)
 
@@ -97,5 +181,39 @@ def test_the_kernel(channels: int, dtype: torch.dtype, samples: int) -> None:
     found = modulated_norm(
         [x.cuda() for x in parts], scale.cuda(), shift.cuda(), 1e-6
     ).cpu()
+    check_rounding(found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("channels", [8, 72, 1152, 3072])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("gated", [True, False])
+def test_the_kernel_with_the_sum(
+    channels: int, dtype: torch.dtype, gated: bool
+) -> None:
+    """The norm is that of the rounded sum, against doubles."""
+    residual, added = 3 + torch.randn(2, BATCH, IMAGE, channels).to(dtype)
+    added = added.transpose(0, 1).contiguous().transpose(0, 1)
+    gate, scale, shift = torch.randn(BATCH, 1, 3 * channels).to(dtype).chunk(3, -1)
+    total, found = (
+        x.cpu()
+        for x in modulated_norm_of_sum(
+            residual.cuda(),
+            added.cuda(),
+            gate.cuda() if gated else None,
+            scale.cuda(),
+            shift.cuda(),
+            1e-6,
+        )
+    )
+    added = added.double() * (gate.double() if gated else 1)
+    check_rounding(total, residual.double() + added)
+    modulation = scale.double(), shift.double()
+    check_rounding(found, modulated_norm([total.double()], *modulation, 1e-6))
+
+
+def check_rounding(found: torch.Tensor, expected: torch.Tensor) -> None:
     error = (found - expected).norm() / expected.norm()
-    assert error < (torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5)
+    is_single = found.dtype == torch.float32
+    assert error < (1e-5 if is_single else torch.finfo(found.dtype).eps)

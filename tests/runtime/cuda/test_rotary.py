@@ -141,7 +141,8 @@ def test_other_embeddings_stay(call: Callable[..., Any]) -> None:
     [
         (
             FluxTransformerBlock,
-            ["gelu_product", "modulated_norm", "rotated_heads"] * 2,
+            ["gelu_product", "modulated_norm", "modulated_norm_of_sum"] * 2
+            + ["rotated_heads"] * 2,
         ),
         (
             FluxSingleTransformerBlock,
