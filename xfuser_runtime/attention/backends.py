@@ -34,6 +34,8 @@ class AttentionBackend:
         min_capability: lowest CUDA compute capability.
         exact: computes in the data type of its inputs; False for quantised kernels, which
             are used only when named.
+        timed: unless named it is used only where it is faster than torch's own choice, which
+            the first call of a shape finds out.
     """
 
     name: str
@@ -47,6 +49,7 @@ class AttentionBackend:
     max_head_dim: int | None = None
     min_capability: tuple[int, int] = (0, 0)
     exact: bool = True
+    timed: bool = False
 
     def is_available(self) -> bool:
         """Whether the package that holds the kernel is installed."""
@@ -143,6 +146,15 @@ _BACKENDS: dict[str, AttentionBackend] = {
             min_capability=(9, 0),
         ),
         AttentionBackend(
+            "flash_4",
+            kernels.flash_4,
+            package="flash_attn.cute",
+            head_dim_multiple=8,
+            max_head_dim=128,
+            min_capability=(9, 0),
+            timed=True,
+        ),
+        AttentionBackend(
             "sage",
             kernels.sage,
             package="sageattention",
@@ -154,8 +166,8 @@ _BACKENDS: dict[str, AttentionBackend] = {
 }
 
 # Fastest first. Without a need for the log-sum-exp torch's own choice is what upstream
-# runs on one device, so it comes right after the one kernel that beats it on Hopper.
-_AUTOMATIC = ("flash_3", "sdpa")
+# runs on one device, so it comes right after the kernels that beat it on Hopper.
+_AUTOMATIC = ("flash_3", "flash_4", "sdpa")
 _AUTOMATIC_WITH_LSE = (
     "flash_3",
     "sdpa_cudnn",
@@ -182,6 +194,11 @@ _DIFFUSERS_NAMES: dict[str, str | None] = {
 def backend_names() -> tuple[str, ...]:
     """The names that `attention_backend` takes."""
     return tuple(_BACKENDS)
+
+
+def timed_backends() -> tuple[str, ...]:
+    """The installed kernels that are taken where they prove faster than torch's own choice."""
+    return tuple(x.name for x in _BACKENDS.values() if x.timed and x.is_available())
 
 
 def check_backend_name(name: str | None) -> None:
@@ -238,12 +255,24 @@ def run_kernel(
     check_backend_name(name)
     if call.query.numel() == 0 or call.key.shape[1] == 0:
         return kernels.empty(call)
-    backend = _select(call, name, need_lse)
+    backend = select_backend(call, name=name, need_lse=need_lse)
     out, lse = backend.kernel(call, need_lse)
     return kernels.clear_masked_rows(call, out, lse) if need_lse else (out, None)
 
 
-def _select(call: KernelCall, name: str | None, need_lse: bool) -> AttentionBackend:
+def select_backend(
+    call: KernelCall, *, name: str | None = None, need_lse: bool = False
+) -> AttentionBackend:
+    """The kernel that `run_kernel` runs; the first call of a shape may time kernels on CUDA.
+
+    Args:
+        call: the tensors and options.
+        name: a name out of `backend_names`, None to choose.
+        need_lse: also return the log-sum-exp.
+
+    Raises:
+        ConfigError: the named kernel cannot take the call.
+    """
     if name is not None:
         reason = _BACKENDS[name].reason_against(call, need_lse=need_lse)
         if reason is not None:
@@ -260,10 +289,21 @@ def _select(call: KernelCall, name: str | None, need_lse: bool) -> AttentionBack
     order = _AUTOMATIC_WITH_LSE if need_lse else _AUTOMATIC
     for candidate in order:
         backend = _BACKENDS[candidate]
-        if backend.reason_against(call, need_lse=need_lse) is None:
+        if backend.reason_against(call, need_lse=need_lse) is not None:
+            continue
+        if not backend.timed or _is_faster(backend, call):
             return backend
     # The kernel in plain tensor operations takes every call, on every kind of device.
     return _BACKENDS["sdpa_math"]
+
+
+def _is_faster(backend: AttentionBackend, call: KernelCall) -> bool:
+    """Whether a kernel is faster than torch's own choice; in compiled code nobody can time."""
+    if torch.compiler.is_compiling():
+        return False
+    from xfuser_runtime.cuda.choice import is_faster
+
+    return is_faster(backend, _BACKENDS["sdpa"], call)
 
 
 def _available_names() -> list[str]:

@@ -80,9 +80,13 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+@torch.compiler.assume_constant_result
 def is_importable(package: str) -> bool:
-    """Whether `package` is installed; it is not imported."""
-    return importlib.util.find_spec(package) is not None
+    """Whether a package is installed; it is not imported, its parents are."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:
+        return False
 
 
 def empty(call: KernelCall) -> Result:
@@ -228,6 +232,19 @@ def flash_3(call: KernelCall, need_lse: bool) -> Result:
         options["return_attn_probs"] = need_lse
     found = function(call.query, call.key, call.value, **options)
     return (found[0], found[1]) if isinstance(found, tuple) else (found, None)
+
+
+def flash_4(call: KernelCall, need_lse: bool) -> Result:
+    """The flash-attn-4 package, whose kernels are made at the first call of a head dimension."""
+    out, lse = _function("flash_attn.cute", "flash_attn_func")(
+        call.query,
+        call.key,
+        call.value,
+        softmax_scale=call.scale,
+        causal=call.is_causal,
+        return_lse=need_lse,
+    )
+    return out, lse
 
 
 def sage(call: KernelCall, need_lse: bool) -> Result:

@@ -21,8 +21,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
+from xfuser_runtime.attention.backends import select_backend
+from xfuser_runtime.attention.kernels import KernelCall
 from xfuser_runtime.cuda.peer_memory import Beside, Workspace, allocate, peers_of
 from xfuser_runtime.cuda.places import copy, heads_of_part, pack, rows_of_part, span
 from xfuser_runtime.cuda.ways import Mover, Way, head_parts
@@ -97,6 +98,9 @@ class Exchange:
         """
         query, group = self.sources[0], get_ulysses_group()
         rank, parts = group.rank_in_group, self._parts(way)
+        calls = [self._attention(parts, index) for index in range(len(parts))]
+        # Before anything travels: what times kernels waits for all that runs.
+        backends = [select_backend(call) for call in calls]
         beside = Beside(query.device, "transfers")
         arrived = []
         beside.follow()
@@ -119,12 +123,7 @@ class Exchange:
         held = []
         for index, ready in enumerate(arrived):
             beside.wait_for(ready)
-            own = rows_of_part(self._shapes(), parts, index, self.before.flat[rank])
-            out = F.scaled_dot_product_attention(
-                *(x.transpose(1, 2) for x in own),
-                is_causal=self.is_causal,
-                scale=self.scale,
-            ).transpose(1, 2)
+            out, _ = backends[index].kernel(calls[index], False)
             # Transfers read it: its memory is given back once they are done.
             held.append(out)
             beside.follow()
@@ -142,6 +141,12 @@ class Exchange:
     def _parts(self, way: Way) -> list[Range]:
         local = self.sources[0].shape[2] // get_ulysses_group().world_size
         return head_parts(local, way.shares)
+
+    def _attention(self, parts: Sequence[Range], index: int) -> KernelCall:
+        """The attention of a part of this rank's heads, whose rows come to its workspace."""
+        rank = get_ulysses_group().rank_in_group
+        own = rows_of_part(self._shapes(), parts, index, self.before.flat[rank])
+        return KernelCall(*own, is_causal=self.is_causal, scale=self.scale)
 
     def _shapes(self) -> list[tuple[int, int, int]]:
         """Samples, rows of all ranks and channels, of query, key and value."""

@@ -10,6 +10,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.fx import Graph, GraphModule
 
 from xfuser_runtime.cuda import (
+    attention,
     kernel,
     nodes,
     norms,
@@ -35,7 +36,12 @@ class CodePass(CustomGraphPass):
 
     def uuid(self) -> Any:
         """Of this code, for the cache of compiled graphs."""
-        return _hash_of(kernel, nodes, norms, ones, products, residuals, rotary)
+        return [
+            _hash_of(
+                attention, kernel, nodes, norms, ones, products, residuals, rotary
+            ),
+            attention.timed_backends(),
+        ]
 
 
 class BlockPass(CustomGraphPass):
@@ -70,6 +76,7 @@ def rewrite(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
 
 def _put_larger_operations(graph: Graph) -> None:
     ones.drop_divisions(graph)
+    attention.choose_kernels(graph)
     norms.add_and_modulate_at_once(graph)
     products.take_in_gelu(graph)
     products.take_in_joining(graph)

@@ -9,24 +9,20 @@ from __future__ import annotations
 
 import enum
 import logging
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
 
 import torch
 
+from xfuser_runtime.cuda.timing import agrees, seconds_in_graph
 from xfuser_runtime.distributed.collectives import all_reduce_max
 from xfuser_runtime.distributed.layout import Range
 from xfuser_runtime.distributed.parallel_state import Group
 
 logger = logging.getLogger(__name__)
 
-#: Calls in a graph, and replays of it, that one way is timed with.
-_CALLS, _REPLAYS = 4, 5
 _DEVICE = "cuda"
-#: Relative L2 that two ways may differ by.
-_ROUNDING = 1e-2
 
 
 class Mover(enum.Enum):
@@ -115,31 +111,16 @@ def _seconds(
     """Of one call in a CUDA graph; infinite where the way cannot be captured or is wrong."""
     # All ranks make the same calls whatever they find, or one would wait for another.
     outputs = [run(way) for _ in range(2)]
-    is_right = all(_agrees(output, expected) for output in outputs)
+    is_right = all(agrees(output, expected) for output in outputs)
     del outputs
-    graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            for _ in range(_CALLS):
-                run(way)
+        seconds = seconds_in_graph(
+            lambda: run(way),
+            lambda: torch.distributed.barrier(group=group.process_group),
+        )
     except RuntimeError as error:
         logger.warning("heads cannot travel by %s: %s", way.name, error)
         return float("inf")
-    times = []
-    for _ in range(_REPLAYS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.distributed.barrier(group=group.process_group)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1e3 / _CALLS)
     if not is_right:
         logger.warning("heads that travel by %s give another result", way.name)
-    return statistics.median(times) if is_right else float("inf")
-
-
-def _agrees(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal but for the rounding of kernels for other numbers of heads."""
-    error = (found - expected).float().norm()
-    return bool(error <= _ROUNDING * expected.float().norm())
+    return seconds if is_right else float("inf")

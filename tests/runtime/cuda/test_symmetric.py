@@ -135,10 +135,3 @@ def test_the_slowest_rank_decides(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda way: None, [Way((1,)), Way((1,), Mover.PACKED), Way()], Group()
     )
     assert chosen == Way()
-
-
-def test_a_way_with_another_result_is_told() -> None:
-    expected = torch.ones(4)
-    assert ways._agrees(expected * 1.001, expected)
-    assert not ways._agrees(expected * 1.1, expected)
-    assert not ways._agrees(expected * float("nan"), expected)

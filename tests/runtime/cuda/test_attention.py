@@ -1,0 +1,154 @@
+"""Which kernel computes attention, and what becomes of torch's calls in a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.runtime.cuda.rewritten import check, names
+from xfuser_runtime.attention.backends import AttentionBackend, backend_names
+from xfuser_runtime.attention.kernels import KernelCall, sdpa
+from xfuser_runtime.config import EngineConfig
+from xfuser_runtime.cuda import attention, choice
+from xfuser_runtime.cuda.choice import MIN_KEYS, is_faster
+from xfuser_runtime.cuda.timing import agrees
+from xfuser_runtime.distributed.runtime_state import (
+    destroy_runtime_state,
+    initialize_runtime_state,
+)
+
+ROWS, HEADS, CHANNELS = 5, 2, 8
+TORCH = AttentionBackend("sdpa", sdpa)
+
+
+def heads(rows: int = MIN_KEYS, count: int = HEADS) -> torch.Tensor:
+    return torch.randn(1, rows, count, CHANNELS).transpose(1, 2)
+
+
+def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2) + 1
+
+
+def scaled(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=0.3
+    )
+
+
+def causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(key, key, value, None, 0.0, True)
+
+
+@pytest.fixture
+def with_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "timed_backends", lambda: ("flash_4",))
+
+
+@pytest.mark.usefixtures("inference", "with_a_package")
+@pytest.mark.parametrize("call", [plain, scaled, causal])
+@pytest.mark.parametrize("for_compiler", [True, False])
+def test_the_choice_is_left_open(call: Callable[..., Any], for_compiler: bool) -> None:
+    tensors = (heads(ROWS), heads(), heads())
+    assert names(check(call, *tensors, for_compiler=for_compiler)) == ["attention"]
+
+
+def masked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    mask = key[:, :, :, 0].unsqueeze(2) > 0
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def fewer(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(query, key[:, :, 1:], value[:, :, 1:])
+
+
+def grouped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    return F.scaled_dot_product_attention(
+        query, key[:, :1], value[:, :1], enable_gqa=True
+    )
+
+
+@pytest.mark.usefixtures("inference", "with_a_package")
+@pytest.mark.parametrize("call", [masked, fewer, grouped])
+def test_others_stay(call: Callable[..., Any]) -> None:
+    assert not check(call, heads(ROWS), heads(), heads())
+
+
+@pytest.mark.usefixtures("inference")
+def test_without_a_package_nothing_changes() -> None:
+    assert "flash_4" in backend_names() and not attention.timed_backends()
+    assert not check(plain, heads(ROWS), heads(), heads())
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """What the next kernels that are timed take, torch's own first."""
+    found: list[float] = []
+    monkeypatch.setattr(choice, "seconds_in_graph", lambda run: found.pop(0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    initialize_runtime_state(EngineConfig())
+    yield found
+    destroy_runtime_state()
+
+
+def call_of(rows: int = MIN_KEYS) -> KernelCall:
+    return KernelCall(*(heads(rows).transpose(1, 2) for _ in range(3)))
+
+
+def test_the_faster_one_is_taken_and_kept(times: list[float]) -> None:
+    times += [2.0, 1.0, 1.0, 2.0]
+    other = AttentionBackend("flash_4", sdpa)
+    assert is_faster(other, TORCH, call_of())
+    assert not is_faster(other, TORCH, call_of(MIN_KEYS + 1))
+    assert not times
+    assert is_faster(other, TORCH, call_of())
+    assert not is_faster(other, TORCH, call_of(MIN_KEYS - 1))
+
+
+def test_no_random_number_is_drawn(times: list[float]) -> None:
+    times += [2.0, 1.0]
+    call, before = call_of(), torch.get_rng_state()
+    is_faster(AttentionBackend("flash_4", sdpa), TORCH, call)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def wrong(call: KernelCall, need_lse: bool) -> tuple[torch.Tensor, None]:
+    return 1.1 * sdpa(call, need_lse)[0], None
+
+
+def broken(call: KernelCall, need_lse: bool) -> tuple[torch.Tensor, None]:
+    raise AssertionError("no such tile")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "told"),
+    [(wrong, "gives another result"), (broken, "no such tile")],
+)
+def test_a_kernel_that_fails_is_told(
+    kernel: Any, told: str, times: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    times += [2.0, 1.0]
+    assert not is_faster(AttentionBackend("flash_4", kernel), TORCH, call_of())
+    assert told in caplog.text and "flash_4" in caplog.text
+
+
+def test_nothing_is_timed_in_a_capture(
+    times: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not is_faster(AttentionBackend("flash_4", sdpa), TORCH, call_of())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    times += [2.0, 1.0]
+    assert is_faster(AttentionBackend("flash_4", sdpa), TORCH, call_of())
+
+
+def test_results_agree_but_for_rounding() -> None:
+    expected = torch.ones(4)
+    assert agrees(expected * 1.001, expected)
+    assert not agrees(expected * 1.1, expected)
+    assert not agrees(expected * float("nan"), expected)
