@@ -13,23 +13,42 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.fx import Graph, Node
+from torch.nn.attention import _sdpa_kernel
 
 from xfuser_runtime.attention.backends import run_kernel, timed_backends
 from xfuser_runtime.attention.kernels import KernelCall
 from xfuser_runtime.cuda.choice import MIN_KEYS
 from xfuser_runtime.cuda.kernel import kernel
 from xfuser_runtime.cuda.nodes import argument, extent, is_call, replace_call, value_of
+from xfuser_runtime.distributed.runtime_state import (
+    get_runtime_state,
+    runtime_state_is_initialized,
+)
 
 
 def choose_kernels(graph: Graph) -> None:
-    """Let the kernel of each attention call in `graph` be chosen at its first call, in place."""
-    if not timed_backends():
+    """Let the kernel of each attention call in `graph` be chosen at its first call, in place.
+
+    A kernel that the session or the block's code names stays.
+    """
+    nodes = list(graph.nodes)
+    if not choices() or any(is_call(node, _sdpa_kernel) for node in nodes):
         return
     target = torch.ops.xfuser_kernels.attention.default
-    for node in list(graph.nodes):
+    for node in nodes:
         arguments = _attention_arguments(node)
         if arguments is not None:
             replace_call(graph, node, node, target, *arguments)
+
+
+def choices() -> tuple[str, ...]:
+    """The kernels that may take the place of torch's choice in this session."""
+    if (
+        runtime_state_is_initialized()
+        and get_runtime_state().runtime_config.attention_backend is not None
+    ):
+        return ()
+    return timed_backends()
 
 
 @kernel(

@@ -40,7 +40,7 @@ class CodePass(CustomGraphPass):
             _hash_of(
                 attention, kernel, nodes, norms, ones, products, residuals, rotary
             ),
-            attention.timed_backends(),
+            attention.choices(),
         ]
 
 

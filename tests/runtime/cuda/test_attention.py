@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.runtime.cuda.rewritten import check, names
 from xfuser_runtime.attention.backends import AttentionBackend, backend_names
 from xfuser_runtime.attention.kernels import KernelCall, sdpa
-from xfuser_runtime.config import EngineConfig
+from xfuser_runtime.config import EngineConfig, RuntimeConfig
 from xfuser_runtime.cuda import attention, choice
 from xfuser_runtime.cuda.choice import MIN_KEYS, is_faster
 from xfuser_runtime.cuda.timing import agrees
@@ -77,6 +78,23 @@ def grouped(
 @pytest.mark.parametrize("call", [masked, fewer, grouped])
 def test_others_stay(call: Callable[..., Any]) -> None:
     assert not check(call, heads(ROWS), heads(), heads())
+
+
+def of_a_named_kernel(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return plain(query, key, value)
+
+
+@pytest.mark.usefixtures("inference", "with_a_package")
+def test_a_named_kernel_stays() -> None:
+    assert not check(of_a_named_kernel, heads(ROWS), heads(), heads())
+    initialize_runtime_state(
+        EngineConfig(runtime_config=RuntimeConfig(attention_backend="sdpa"))
+    )
+    assert not check(plain, heads(ROWS), heads(), heads())
+    destroy_runtime_state()
 
 
 @pytest.mark.usefixtures("inference")
