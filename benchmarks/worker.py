@@ -171,16 +171,24 @@ class _Clock:
 
 
 def _replays(transformer: Any) -> dict[str, Any]:
-    """What our runtime captured, why it did not, and how heads travel, by shape."""
+    """What our runtime captured, why it did not, how heads travel and what attends, by shape."""
     with contextlib.suppress(KeyError, AttributeError):
         replayer = vars(transformer)["_xfuser_wrapping"].replayer
         held = get_runtime_state().workspaces
         ways = {k[1:6]: way.name for k, way in held.items() if k[0] == "way"}
+        # The shapes of query and key: (samples, rows, heads, channels).
+        kernels = {
+            k[1:4]: is_faster for k, is_faster in held.items() if k[0] == "attention"
+        }
         return {
             "replays": replayer.replays,
             "capture_s": replayer.capture_seconds,
             "not_captured": replayer.reasons,
             "heads_travel": [f"{list(shape)}: {name}" for shape, name in ways.items()],
+            "attention": [
+                f"{list(query)} by {key[1]} keys: {name if is_faster else 'torch'}"
+                for (name, query, key), is_faster in kernels.items()
+            ],
         }
     return {}
 

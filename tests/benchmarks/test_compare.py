@@ -168,6 +168,22 @@ def test_what_counts_as_fine() -> None:
     assert not is_fine(stale, 0.01)
 
 
+def test_what_is_as_near_to_fp32_as_stock_counts_as_fine() -> None:
+    stock = row(STOCK, "one", 1, compiled=True)
+    eager = row(STOCK, "one", 1)
+    ours = row(OURS, "ulysses2", 1, compiled=True)
+    rows = [stock, eager, ours]
+    ours.difference, stock.rounding, eager.rounding = 0.03, 0.02, 0.03
+    assert not is_fine(ours, 0.01, rows)
+    ours.rounding = 0.0205
+    assert is_fine(ours, 0.01, rows) and not is_fine(ours, 0.01)
+    ours.rounding = 0.025
+    assert not is_fine(ours, 0.01, rows)
+    # Where stock diffusers rounds little, it says nothing about what is off.
+    ours.rounding, stock.rounding = 0.009, 0.009
+    assert not is_fine(ours, 0.01, rows)
+
+
 def test_difference_is_relative(tmp_path: Path) -> None:
     a, b = tmp_path / "a.pt", tmp_path / "b.pt"
     torch.save(torch.full((4,), 1.1), a)

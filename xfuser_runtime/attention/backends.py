@@ -132,7 +132,7 @@ _BACKENDS: dict[str, AttentionBackend] = {
         AttentionBackend(
             "flash",
             kernels.flash_2,
-            package="flash_attn",
+            package="flash_attn.flash_attn_interface",
             head_dim_multiple=8,
             max_head_dim=256,
             min_capability=(8, 0),

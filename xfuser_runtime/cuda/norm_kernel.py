@@ -10,8 +10,8 @@ import triton.language as tl
 
 from xfuser_runtime.cuda.kernel import empty_joined, places
 
-#: Channels that a warp holds, of a norm and of one with its sum.
-WARP_CHANNELS, SUM_WARP_CHANNELS = 512, 1024
+#: Channels that a warp holds.
+WARP_CHANNELS = 1024
 MAX_WARPS = 16
 
 
@@ -35,7 +35,7 @@ def launch(
             eps,
             CHANNELS=channels,
             WIDTH=width,
-            num_warps=_warps(width, WARP_CHANNELS),
+            num_warps=_warps(width),
         )
     return out
 
@@ -68,13 +68,13 @@ def launch_with_sum(
         GATED=gate is not None,
         CHANNELS=channels,
         WIDTH=width,
-        num_warps=_warps(width, SUM_WARP_CHANNELS),
+        num_warps=_warps(width),
     )
     return total, out
 
 
-def _warps(width: int, of_a_warp: int) -> int:
-    return min(MAX_WARPS, max(1, width // of_a_warp))
+def _warps(width: int) -> int:
+    return min(MAX_WARPS, max(1, width // WARP_CHANNELS))
 
 
 @triton.jit

@@ -44,6 +44,8 @@ pytestmark = [
 BF16_GATE = 1e-2
 
 
+# What packages warn of while they are imported is not this test's.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("name", backend_names())
 @pytest.mark.parametrize("mask", [None, "bool", "additive", "dead", "smallest"])
 @pytest.mark.parametrize("key_heads", [8, 2])
