@@ -13,9 +13,9 @@ diffusers itself is further from fp32: as near to fp32), 1 otherwise.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -113,8 +113,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--fp32",
-        action="store_true",
-        help="one GPU in fp32 as well, and what each row differs from it",
+        type=_names,
+        nargs="?",
+        const=list(MODELS),
+        default=[],
+        metavar="MODELS",
+        help="one GPU in fp32 as well, of these models or of all, and what each row differs from "
+        "it",
     )
     add(
         "--cpu",
@@ -157,7 +162,7 @@ def chosen_layouts(
     ]
     if not chosen:
         return []
-    first = [Layout(STOCK, "one", precise=True)] if args.fp32 else []
+    first = [Layout(STOCK, "one", precise=True)] if model in args.fp32 else []
     return first + found[:1] + [layout for layout in chosen if layout != found[0]]
 
 
@@ -216,7 +221,8 @@ def _measure(
     add_round(row, outcome, args.steps - args.short_steps, args.steps)
     row.difference = relative_difference(latents, reference)
     precise = folder / f"{row.model}-{row.size}.fp32.pt"
-    row.rounding = relative_difference(latents, precise) if args.fp32 else None
+    if row.model in args.fp32:
+        row.rounding = relative_difference(latents, precise)
 
 
 def relative_difference(found: Path, reference: Path) -> float | None:
@@ -238,7 +244,7 @@ def _write(rows: list[Row], args: argparse.Namespace) -> None:
         f"--repeats {args.repeats} --rounds {args.rounds}"
         + (f" --only {','.join(x.pattern for x in args.only)}" if args.only else "")
         + (" --no_p2p" if args.no_p2p else "")
-        + (" --fp32" if args.fp32 else "")
+        + (f" --fp32 {','.join(args.fp32)}" if args.fp32 else "")
         + (f" --other_size {args.other_size}" if args.other_size else "")
     )
     data = {"about": about, "rows": [asdict(row) for row in rows]}
@@ -260,8 +266,8 @@ def machine() -> dict[str, str]:
         names = found.stdout.split("\n")[:-1]
         device = f"{len(names)} x {names[0]}" if names else "CUDA"
     versions = {"torch": torch.__version__}
-    for package in ("diffusers", "xfuser"):
-        if importlib.util.find_spec(package) is not None:
+    for package in ("diffusers", "xfuser", "flash-attn", "flash-attn-4"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
         "date": datetime.date.today().isoformat(),
