@@ -6,8 +6,8 @@ Every layout runs in processes of its own with a time limit; rounds go through a
 turn. The latents of each are compared with those of one GPU. Writes results.json,
 results.md and results.png into the output folder. Without a GPU the models are tiny.
 
-Exit code: 0 when all of our own layouts ran and agree (`--gate`, and with `--fp32` where stock
-diffusers itself is further from fp32: as near to fp32), 1 otherwise.
+Exit code: 0 when all of our own layouts ran and agree (`--gate`; with `--fp32`, where stock
+diffusers is further from fp32 than that, no further than it), 1 otherwise.
 """
 
 from __future__ import annotations

@@ -131,6 +131,7 @@ def replace_pair(
     made.meta["example_value"] = tuple(node.meta["example_value"] for node in pair)
     _put(graph, results[1], last)
     for node in reversed(between):
+        _mark_inputs(node)
         graph.erase_node(node)
     _put(graph, results[0], earlier)
 

@@ -68,6 +68,8 @@ def rewrite(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         _put_larger_operations(graph)
         # What the compiler makes one kernel of without being told.
         norms.modulate_at_once(graph, with_computed_rows=True)
+        # Sums in what is left over would be made anew, and then nobody knows that they are.
+        nodes.drop_unread(graph)
         residuals.add_gated_at_once(graph)
         nodes.drop_unread(graph)
         module.recompile()

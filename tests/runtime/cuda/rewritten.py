@@ -27,8 +27,11 @@ def rewritten(
         if for_compiler:
             CodePass()(module.graph)
             module.recompile()
+        unread = unread_in(module)
         run = module.forward if for_compiler else rewrite(module, inputs)
         module.graph.lint()
+        # What was replaced goes with all that was made for it alone.
+        assert for_compiler or unread_in(module) <= unread
         calls.extend(
             x for x in module.graph.nodes if x.op in ("call_function", "call_method")
         )
@@ -36,6 +39,11 @@ def rewritten(
 
     torch.compiler.reset()
     return torch.compile(call, backend=backend, fullgraph=fullgraph), calls
+
+
+def unread_in(module: GraphModule) -> set[Node]:
+    """The nodes that nobody reads."""
+    return {node for node in module.graph.nodes if not node.users}
 
 
 def check(

@@ -119,10 +119,11 @@ def call_of(rows: int = MIN_KEYS) -> KernelCall:
 
 
 def test_the_faster_one_is_taken_and_kept(times: list[float]) -> None:
-    times += [2.0, 1.0, 1.0, 2.0]
+    times += [2.0, 1.0, 1.0, 2.0, 1.0, 0.95]
     other = AttentionBackend("flash_4", sdpa)
     assert is_faster(other, TORCH, call_of())
     assert not is_faster(other, TORCH, call_of(MIN_KEYS + 1))
+    assert not is_faster(other, TORCH, call_of(MIN_KEYS + 2))
     assert not times
     assert is_faster(other, TORCH, call_of())
     assert not is_faster(other, TORCH, call_of(MIN_KEYS - 1))
