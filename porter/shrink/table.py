@@ -188,7 +188,11 @@ _PIPELINES: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     # False by default: the picture and a mask beside the latents.
-    "Kandinsky5I2IPipeline": {"transformer": {"visual_cond": True}},
+    "Kandinsky5I2IPipeline": {
+        "transformer": {"visual_cond": True},
+        # Latents of a picture of about 1024 x 1024 pixels, for attention of the VAE's own.
+        "vae": {"mid_block_add_attention": False},
+    },
     # Rounds sizes up to multiples of 16: with coarser latents they would not fit.
     "LongCatImageEditPipeline": {"vae": _coarse_vae(_LEVELS - 1)},
     # None by default, meaning unpatched; the latents have a quarter of the packed width.

@@ -23,16 +23,27 @@ _CONNECTORS: dict[str, Any] = {
     "audio_connector_num_learnable_registers": 8,
 }
 
+#: Of a picture: as wide as these are the first and widest layers of its encoder.
+_LATENTS = 16
+
 _LTX2: dict[str, dict[str, Any]] = {
     # Widths of the connectors between the text encoder and the backbone: three layers of
     # the encoder go in, learnable registers fill the text up to a multiple of them.
     "connectors": _CONNECTORS,
-    "transformer": {**_SOUND, "rope_type": "split"},
+    "transformer": {
+        **_SOUND,
+        **dict.fromkeys(("in_channels", "out_channels"), _LATENTS),
+        "rope_type": "split",
+    },
     # Its first width is that of a frame of sound: bins by channels.
     "audio_vae": {"base_channels": 32, "num_res_blocks": 1, "mel_bins": 16},
     "vocoder": {"hidden_channels": 64},
     # As released; the class counts a level that compresses time alone twice.
-    "vae": {"spatial_compression_ratio": 32, "temporal_compression_ratio": 8},
+    "vae": {
+        "latent_channels": _LATENTS,
+        "spatial_compression_ratio": 32,
+        "temporal_compression_ratio": 8,
+    },
 }
 
 _LTX2_3: dict[str, dict[str, Any]] = {

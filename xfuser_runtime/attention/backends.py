@@ -59,10 +59,10 @@ class AttentionBackend:
         """Why the kernel cannot take this call, None when it can."""
         query, value = call.query, call.value
         head_dim = query.shape[-1]
-        if not self.is_available():
-            return f"the package {self.package} is not installed"
         if query.device.type not in self.devices:
             return f"the tensors are on {query.device.type}"
+        if not self.is_available():
+            return f"the package {self.package} is not installed"
         if self.dtypes is not None and query.dtype not in self.dtypes:
             return f"the tensors are {query.dtype}"
         if need_lse and not self.returns_lse:

@@ -7,6 +7,7 @@ takes part) or additive in the data type of the query.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -83,6 +84,11 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 @torch.compiler.assume_constant_result
 def is_importable(package: str) -> bool:
     """Whether a package is installed; it is not imported, its parents are."""
+    return _is_importable(package)
+
+
+@functools.cache
+def _is_importable(package: str) -> bool:
     try:
         return importlib.util.find_spec(package) is not None
     except ImportError:

@@ -26,7 +26,7 @@ from xfuser_runtime.attention import (
     parallel_attention,
 )
 from xfuser_runtime.attention.backends import from_diffusers_name, run_kernel
-from xfuser_runtime.attention.kernels import KernelCall
+from xfuser_runtime.attention.kernels import KernelCall, is_importable
 from xfuser_runtime.attention.keys import split_mask
 from xfuser_runtime.attention.ulysses import split_heads
 from xfuser_runtime.config import ParallelConfig
@@ -189,6 +189,18 @@ class TestKernels:
     def test_a_kernel_that_is_not_installed(self) -> None:
         with pytest.raises(ValueError, match="needs the package flash_attn_interface"):
             check_backend_name("flash_3")
+
+    @pytest.mark.parametrize(
+        ("package", "found"),
+        [("torch.nn", True), ("torch.none", False), ("nowhere.at_all", False)],
+    )
+    def test_whether_a_package_is_installed(self, package: str, found: bool) -> None:
+        """Also in compiled code, where no exception may pass."""
+        check = torch.compile(
+            lambda x: x + is_importable(package), backend="eager", fullgraph=True
+        )
+        assert is_importable(package) == found
+        assert check(torch.zeros(1)).item() == found
 
     def test_a_named_kernel_that_cannot_take_the_call(self) -> None:
         x = torch.randn(1, 3, 2, 8)
