@@ -158,9 +158,11 @@ def _cell(
     if reasons := [refused[kind] for kind in MODES[mode] if kind in refused]:
         return Cell(REFUSED, reasons[0])
     missing = [kind for kind in MODES[mode] if kind not in proofs["modes"]]
-    refuted: Mapping[str, str] = {} if stale else proofs.get("refuted", {})
-    if wrong := [refuted[kind] for kind in missing if kind in refuted]:
-        return Cell(REFUSED, f"porter verify: {wrong[0]}")
+    refuted: Mapping[str, Any] = {} if stale else proofs.get("refuted", {})
+    wrong = [found for kind in missing for found in refuted.get(kind, {}).items()]
+    if wrong:
+        verified, explanation = wrong[0]
+        return Cell(REFUSED, f"porter verify: {verified}: {explanation}")
     if stale or missing:
         return Cell(UNVERIFIED, stale or f"no proof of {missing[0]}")
     return Cell(PROVEN)

@@ -11,8 +11,8 @@ The file is JSON with sorted keys, except below `facts`. For each port, under `p
 - `refused_modes`: mode to the reason why the port lacks it;
 - `override`: the subclass passed with `--with`, or null;
 - `changed_lines`: for each rewritten class, how many lines differ from upstream's;
-- `proofs`: null, or `key` (see `proof_key`), `modes` with what was measured, and `refuted`:
-  mode to what verification found wrong.
+- `proofs`: null, or `key` (see `proof_key`), `modes` with what was measured, and `refuted`
+  with what verification found wrong, both by what is proven and mode.
 
 Under `refused.<name>`, where a run over all pipelines refused some: `reason` and the
 `diffusers` that it was found in.
@@ -68,7 +68,7 @@ class Lock:
         self,
         name: str,
         modes: Mapping[str, Any],
-        refuted: Mapping[str, str] | None = None,
+        refuted: Mapping[str, Mapping[str, str]] | None = None,
     ) -> Lock:
         """A lock that also holds what a verification of this port found.
 
@@ -76,7 +76,8 @@ class Lock:
             name: of the port.
             modes: what is proven, each with what was measured by mode; what other modes
                 measured of the same stays.
-            refuted: modes that are not proven to what was wrong.
+            refuted: what is not, each with what was wrong by mode; it is proven once all of
+                these modes are.
         """
         refuted = refuted or {}
         entry = self.ports[name]
@@ -84,13 +85,20 @@ class Lock:
         old = entry.get("proofs")
         if not old or old["key"] != key:
             old = {"modes": {}}
-        kept = _except(old["modes"], refuted)
-        added = {proof: {**kept.get(proof, {}), **modes[proof]} for proof in modes}
-        proofs = {
-            "key": key,
-            "modes": {**kept, **added},
-            "refuted": {**_except(old.get("refuted", {}), modes), **refuted},
+        wrong = {
+            proof: {
+                **_except(old.get("refuted", {}).get(proof, {}), modes.get(proof, ())),
+                **refuted.get(proof, {}),
+            }
+            for proof in {**old.get("refuted", {}), **refuted}
         }
+        wrong = {proof: found for proof, found in wrong.items() if found}
+        kept = _except(old["modes"], wrong)
+        added = {
+            proof: {**kept.get(proof, {}), **measured}
+            for proof, measured in _except(modes, wrong).items()
+        }
+        proofs = {"key": key, "modes": {**kept, **added}, "refuted": wrong}
         return replace(self, ports={**self.ports, name: {**entry, "proofs": proofs}})
 
     def known_outputs(self) -> dict[str, str]:

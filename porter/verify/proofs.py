@@ -25,13 +25,14 @@ def with_verification(lock: Lock, name: str, verification: Verification) -> Lock
             port and the runtime are the same.
     """
     proven: dict[str, Any] = {}
-    refuted: dict[str, str] = {}
+    refuted: dict[str, dict[str, str]] = {}
     for proof, verdicts in _by_name(verification).items():
         wrong = [verdict for verdict in verdicts if verdict.status != "proven"]
         if wrong:
-            refuted[proof] = f"{wrong[0].mode.name}: {wrong[0].explanation}"
-        else:
-            proven[proof] = _measured(verdicts)
+            refuted[proof] = {x.mode.name: x.explanation for x in wrong}
+        right = [verdict for verdict in verdicts if verdict.status == "proven"]
+        if right:
+            proven[proof] = _measured(right)
     return lock.with_proofs(name, proven, refuted)
 
 

@@ -95,14 +95,16 @@ def test_what_verification_refuted_is_refused_until_something_changes(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: dict[str, Any] = {proof: {} for proof in ALL if proof != "ring"}
-    wrong = {"ring": "ring2: error 1.0e-02 > gate 1.0e-05"}
+    wrong = {"ring": {"ring2": "error 1.0e-02 > gate 1.0e-05"}}
     change(folder, lambda lock: lock.with_proofs(ALPHA, given, wrong))
     assert {m for m, s in states(survey(folder), ALPHA).items() if s == REFUSED} == {
         "ring",
         "hybrid",
     }
     row = next(row for row in survey(folder).rows if row.name == ALPHA)
-    assert row.cells["ring"].reason == f"porter verify: {wrong['ring']}"
+    assert (
+        row.cells["ring"].reason == "porter verify: ring2: error 1.0e-02 > gate 1.0e-05"
+    )
     monkeypatch.setattr("porter.lock.runtime_sha256", lambda: "another")
     assert set(states(survey(folder), ALPHA).values()) == {UNVERIFIED}
 
