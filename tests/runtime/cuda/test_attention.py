@@ -171,3 +171,31 @@ def test_results_agree_but_for_rounding() -> None:
     assert agrees(expected * 1.001, expected)
     assert not agrees(expected * 1.1, expected)
     assert not agrees(expected * float("nan"), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize("channels", [64, 72, 128])
+def test_the_operator(channels: int) -> None:
+    """Whichever kernel is taken here, at first, from then on and in a capture."""
+    initialize_runtime_state(EngineConfig())
+    generator = torch.Generator("cuda").manual_seed(0)
+    tensors = [
+        torch.randn(
+            (1, rows, 16, channels),
+            generator=generator,
+            device="cuda",
+            dtype=torch.bfloat16,
+        ).transpose(1, 2)
+        for rows in (4096, MIN_KEYS, MIN_KEYS)
+    ]
+    expected = F.scaled_dot_product_attention(*(x.double() for x in tensors))
+    graph = torch.cuda.CUDAGraph()
+    results = [attention.attention(*tensors, False, None) for _ in range(2)]
+    with torch.cuda.graph(graph):
+        results.append(attention.attention(*tensors, False, None))
+    graph.replay()
+    assert all(agrees(found, expected) for found in results)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    destroy_runtime_state()
