@@ -10,6 +10,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -129,12 +130,13 @@ def kind_of(name: str) -> str:
 
 def gaps_between(ranges: Iterable[tuple[float, float]]) -> list[float]:
     """Lengths of the gaps in the union of time ranges: kernels of two streams overlap."""
-    gaps, reached = [], float("inf")
-    for start, end in sorted(ranges):
-        if start > reached:
-            gaps.append(start - reached)
-        reached = end if reached == float("inf") else max(reached, end)
-    return gaps
+    ordered = sorted(ranges)
+    reached = accumulate((end for _, end in ordered), max)
+    return [
+        start - before
+        for before, (start, _) in zip(reached, ordered[1:], strict=False)
+        if start > before
+    ]
 
 
 def _mark_steps(scheduler: Any) -> None:

@@ -106,9 +106,8 @@ def is_fine(row: Row, gate: float, rows: Iterable[Row] = ()) -> bool:
         and stock.rounding is not None
         and (stock.model, stock.size) == (row.model, row.size)
     ]
-    if row.rounding is None or not own or max(own) <= gate:
-        return False
-    return row.rounding <= max(own)
+    furthest = max(own, default=0.0)
+    return row.rounding is not None and furthest > gate and row.rounding <= furthest
 
 
 def best_single(rows: Iterable[Row], *, compiled: bool | None = None) -> float | None:

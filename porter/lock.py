@@ -85,14 +85,11 @@ class Lock:
         old = entry.get("proofs")
         if not old or old["key"] != key:
             old = {"modes": {}}
-        wrong = {
-            proof: {
-                **_except(old.get("refuted", {}).get(proof, {}), modes.get(proof, ())),
-                **refuted.get(proof, {}),
-            }
-            for proof in {**old.get("refuted", {}), **refuted}
-        }
-        wrong = {proof: found for proof, found in wrong.items() if found}
+        was_wrong, wrong = old.get("refuted", {}), {}
+        for proof in {**was_wrong, **refuted}:
+            still = _except(was_wrong.get(proof, {}), modes.get(proof, ()))
+            if found := {**still, **refuted.get(proof, {})}:
+                wrong[proof] = found
         kept = _except(old["modes"], wrong)
         added = {
             proof: {**kept.get(proof, {}), **measured}

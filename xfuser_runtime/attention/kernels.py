@@ -19,6 +19,9 @@ import torch.nn.functional as F
 
 Result = tuple[torch.Tensor, torch.Tensor | None]
 
+#: In each version of flash-attn.
+_FLASH = "flash_attn_func"
+
 
 @dataclass(frozen=True)
 class KernelCall:
@@ -218,38 +221,23 @@ def cuda_efficient(call: KernelCall, need_lse: bool) -> Result:
 
 def flash_2(call: KernelCall, need_lse: bool) -> Result:
     """The flash-attn package, version 2."""
-    out, lse, _ = _function("flash_attn", "flash_attn_func")(
-        call.query,
-        call.key,
-        call.value,
-        softmax_scale=call.scale,
-        causal=call.is_causal,
-        return_attn_probs=True,
-    )
+    out, lse, _ = _flash("flash_attn", call, return_attn_probs=True)
     return out, lse
 
 
 def flash_3(call: KernelCall, need_lse: bool) -> Result:
     """The flash-attn package, version 3 (Hopper)."""
-    function = _function("flash_attn_interface", "flash_attn_func")
-    options: dict[str, Any] = {"softmax_scale": call.scale, "causal": call.is_causal}
+    package, options = "flash_attn_interface", {}
     # Early releases return the log-sum-exp always, later ones when asked.
-    if "return_attn_probs" in function.__code__.co_varnames:
+    if "return_attn_probs" in _function(package, _FLASH).__code__.co_varnames:
         options["return_attn_probs"] = need_lse
-    found = function(call.query, call.key, call.value, **options)
+    found = _flash(package, call, **options)
     return (found[0], found[1]) if isinstance(found, tuple) else (found, None)
 
 
 def flash_4(call: KernelCall, need_lse: bool) -> Result:
     """The flash-attn-4 package, whose kernels are made at the first call of a head dimension."""
-    out, lse = _function("flash_attn.cute", "flash_attn_func")(
-        call.query,
-        call.key,
-        call.value,
-        softmax_scale=call.scale,
-        causal=call.is_causal,
-        return_lse=need_lse,
-    )
+    out, lse = _flash("flash_attn.cute", call, return_lse=need_lse)
     return out, lse
 
 
@@ -290,6 +278,18 @@ def _aligned(mask: torch.Tensor) -> torch.Tensor:
     columns = mask.shape[-1]
     padded = F.pad(mask, (0, -columns % 16))
     return padded[..., :columns]
+
+
+def _flash(package: str, call: KernelCall, **options: bool) -> Any:
+    """What the function that all versions of flash-attn have returns."""
+    return _function(package, _FLASH)(
+        call.query,
+        call.key,
+        call.value,
+        softmax_scale=call.scale,
+        causal=call.is_causal,
+        **options,
+    )
 
 
 def _function(package: str, name: str) -> Any:

@@ -41,6 +41,11 @@ def empty_joined(parts: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
     return parts[0].new_empty(shape)
 
 
+def dense(rows: torch.Tensor) -> torch.Tensor:
+    """The tensor, copied where its last dimension does not lie densely."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
 def places(
     parts: Sequence[torch.Tensor], out: torch.Tensor, dim: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
@@ -50,7 +55,6 @@ def places(
     """
     first = 0
     for part in parts:
-        dense = part if part.stride(-1) == 1 else part.contiguous()
         length = part.shape[dim]
-        yield dense, out.narrow(dim, first, length), first
+        yield dense(part), out.narrow(dim, first, length), first
         first += length

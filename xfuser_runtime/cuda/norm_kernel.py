@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from xfuser_runtime.cuda.kernel import empty_joined, places
+from xfuser_runtime.cuda.kernel import dense, empty_joined, places
 
 #: Channels that a warp holds.
 WARP_CHANNELS = 1024
@@ -52,7 +52,7 @@ def launch_with_sum(
     batch, tokens, channels = residual.shape
     total, out = (empty_joined([residual], 1) for _ in range(2))
     width = triton.next_power_of_2(channels)
-    terms = [x if x.stride(-1) == 1 else x.contiguous() for x in (residual, rows)]
+    terms = [dense(x) for x in (residual, rows)]
     factors = [
         x.expand(batch, 1, channels)
         for x in (scale if gate is None else gate, scale, shift)

@@ -15,7 +15,7 @@ from xfuser_runtime.cuda.nodes import is_written_between, put_in_place, value_of
 def drop_divisions(graph: Graph) -> None:
     """Let those who read a quotient by one in `graph` read the dividend, in place."""
     for node in list(graph.nodes):
-        if node.target is not operator.truediv or node.args[1] not in (1, 1.0):
+        if node.target is not operator.truediv or node.args[1] != 1:
             continue
         rows = node.args[0]
         before, after = value_of(rows), value_of(node)

@@ -11,6 +11,7 @@ from torch.fx import Graph, GraphModule
 
 from xfuser_runtime.cuda import (
     attention,
+    choice,
     kernel,
     nodes,
     norms,
@@ -37,9 +38,8 @@ class CodePass(CustomGraphPass):
     def uuid(self) -> Any:
         """Of this code, for the cache of compiled graphs."""
         return [
-            _hash_of(
-                attention, kernel, nodes, norms, ones, products, residuals, rotary
-            ),
+            _hash_of(attention, choice, kernel, nodes),
+            _hash_of(norms, ones, products, residuals, rotary),
             attention.choices(),
         ]
 

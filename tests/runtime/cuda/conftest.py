@@ -7,7 +7,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from xfuser_runtime.config import EngineConfig
 from xfuser_runtime.cuda import products
+from xfuser_runtime.distributed.runtime_state import (
+    RuntimeState,
+    destroy_runtime_state,
+    initialize_runtime_state,
+)
 
 
 @pytest.fixture
@@ -17,3 +23,10 @@ def inference(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     with torch.no_grad():
         yield
+
+
+@pytest.fixture
+def state() -> Iterator[RuntimeState]:
+    """The state of a session of one rank."""
+    yield initialize_runtime_state(EngineConfig(world_size=1))
+    destroy_runtime_state()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from xfuser_runtime.cuda import attention, choice
 from xfuser_runtime.cuda.choice import MIN_KEYS, is_faster
 from xfuser_runtime.cuda.timing import agrees
 from xfuser_runtime.distributed.runtime_state import (
-    destroy_runtime_state,
+    RuntimeState,
     initialize_runtime_state,
 )
 
@@ -87,14 +87,12 @@ def of_a_named_kernel(
         return plain(query, key, value)
 
 
-@pytest.mark.usefixtures("inference", "with_a_package")
+@pytest.mark.usefixtures("inference", "with_a_package", "state")
 def test_a_named_kernel_stays() -> None:
     assert not check(of_a_named_kernel, heads(ROWS), heads(), heads())
-    initialize_runtime_state(
-        EngineConfig(runtime_config=RuntimeConfig(attention_backend="sdpa"))
-    )
+    named = RuntimeConfig(attention_backend="sdpa")
+    initialize_runtime_state(EngineConfig(runtime_config=named, world_size=1))
     assert not check(plain, heads(ROWS), heads(), heads())
-    destroy_runtime_state()
 
 
 @pytest.mark.usefixtures("inference")
@@ -104,14 +102,12 @@ def test_without_a_package_nothing_changes() -> None:
 
 
 @pytest.fixture
-def times(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+def times(state: RuntimeState, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """What the next kernels that are timed take, torch's own first."""
     found: list[float] = []
     monkeypatch.setattr(choice, "seconds_in_graph", lambda run: found.pop(0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    initialize_runtime_state(EngineConfig())
-    yield found
-    destroy_runtime_state()
+    return found
 
 
 def call_of(rows: int = MIN_KEYS) -> KernelCall:
@@ -177,9 +173,8 @@ def test_results_agree_but_for_rounding() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("channels", [64, 72, 128])
-def test_the_operator(channels: int) -> None:
+def test_the_operator(channels: int, state: RuntimeState) -> None:
     """Whichever kernel is taken here, at first, from then on and in a capture."""
-    initialize_runtime_state(EngineConfig())
     generator = torch.Generator("cuda").manual_seed(0)
     tensors = [
         torch.randn(
@@ -198,4 +193,3 @@ def test_the_operator(channels: int) -> None:
     graph.replay()
     assert all(agrees(found, expected) for found in results)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-    destroy_runtime_state()

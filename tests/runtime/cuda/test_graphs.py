@@ -6,7 +6,7 @@ the same tensors, which is what a graph does. The same on CUDA is at the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -63,12 +63,6 @@ class Captures:
     def __call__(self, function: Callable[[], Any]) -> Any:
         self.count += 1
         return played(function)
-
-
-@pytest.fixture()
-def state() -> Iterator[RuntimeState]:
-    yield initialize_runtime_state(EngineConfig(world_size=1))
-    destroy_runtime_state()
 
 
 @pytest.fixture()
