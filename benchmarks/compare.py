@@ -22,7 +22,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from benchmarks import report
@@ -189,12 +189,11 @@ def _measure(
     row: Row, server: ProcessServer, args: argparse.Namespace, on_gpu: bool
 ) -> None:
     folder: Path = args.output
-    stem = f"{row.model}-{row.size}-{row.layout.name.replace(' ', '-')}"
     # Compiled code rounds otherwise: each is held to one GPU with the same kernels.
     kernels = "compiled" if row.layout.compiled else "eager"
     kernels = "fp32" if row.layout.precise else kernels
     reference = folder / f"{row.model}-{row.size}.{kernels}.pt"
-    latents = folder / f"{stem}.pt"
+    latents = _latents_of(folder, row, row.layout)
     latents.unlink(missing_ok=True)
     outcome = server.run(
         Job(
@@ -207,7 +206,7 @@ def _measure(
             tiny=not on_gpu,
             device="cuda" if on_gpu else "cpu",
             generated=str(args.generated),
-            result=folder / f"{stem}.json",
+            result=latents.with_suffix(".json"),
             latents=latents,
             other_size=args.other_size,
         )
@@ -220,9 +219,17 @@ def _measure(
         latents = reference
     add_round(row, outcome, args.steps - args.short_steps, args.steps)
     row.difference = relative_difference(latents, reference)
+    # The row of one GPU is measured before those of several.
+    alone = replace(row.layout, mode="one", num_ranks=1, degrees={}, environment={})
+    row.spread = relative_difference(latents, _latents_of(folder, row, alone))
     precise = folder / f"{row.model}-{row.size}.fp32.pt"
     if row.model in args.fp32:
         row.rounding = relative_difference(latents, precise)
+
+
+def _latents_of(folder: Path, row: Row, layout: Layout) -> Path:
+    """Where a layout leaves its latents of a row's model and size."""
+    return folder / f"{row.model}-{row.size}-{layout.name.replace(' ', '-')}.pt"
 
 
 def relative_difference(found: Path, reference: Path) -> float | None:

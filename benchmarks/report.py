@@ -11,8 +11,8 @@ from benchmarks.results import Row, best_peer, best_single, is_slower
 
 _HEADER = (
     "| layout | ms a step | of one GPU | of the best peer | whole call, ms a step "
-    "| first call, s | another size, s | peak GiB | difference | to fp32 |\n"
-    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    "| first call, s | another size, s | peak GiB | difference | to own one | to fp32 |\n"
+    "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
 )
 
 
@@ -39,7 +39,7 @@ def markdown(rows: list[Row], about: Mapping[str, str]) -> str:
         "`of the best peer`: other engines on as many GPUs. `another size`: what the first call of "
         "another shape takes longer. "
         "`difference`: relative L2 of the final latents to stock diffusers on one GPU, compiled "
-        "rows to compiled. `to fp32`: to the same weights and noise in fp32.",
+        "rows to compiled. `to own one`: to the same engine on one GPU, with the same kernels. `to fp32`: to the same weights and noise in fp32.",
     ]
     for model, size in dict.fromkeys((row.model, row.size) for row in rows):
         own = [row for row in rows if (row.model, row.size) == (model, size)]
@@ -54,7 +54,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         if row.median_ms is None:
             lines.append(
-                f"| {row.layout.name} | {row.error or 'not run'} | | | | | | | | |"
+                f"| {row.layout.name} | {row.error or 'not run'} | | | | | | | | | |"
             )
             continue
         call = sorted(row.call_ms)[len(row.call_ms) // 2]
@@ -68,8 +68,10 @@ def table(rows: list[Row]) -> str:
             "" if row.first_call_s is None else f"{row.first_call_s:.1f}",
             "" if row.reshape_s is None else f"{row.reshape_s:.1f}",
             f"{row.peak_gib:.1f}" if row.peak_gib else "",
-            "" if row.difference is None else f"{row.difference:.1e}",
-            "" if row.rounding is None else f"{row.rounding:.1e}",
+            *(
+                "" if figure is None else f"{figure:.1e}"
+                for figure in (row.difference, row.spread, row.rounding)
+            ),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     without = _without_compiling(rows)

@@ -23,6 +23,8 @@ class Row:
         peak_gib: most memory allocated on any rank.
         difference: relative L2 to the latents of one GPU.
         rounding: relative L2 to those of one GPU in fp32.
+        spread: relative L2 to the same engine on one GPU with the same kernels: what is due to
+            several GPUs alone.
         notes: what the runtime has to say about captures.
         error: why there is no figure.
     """
@@ -37,6 +39,7 @@ class Row:
     peak_gib: float | None = None
     difference: float | None = None
     rounding: float | None = None
+    spread: float | None = None
     notes: list[str] = field(default_factory=list)
     details: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None

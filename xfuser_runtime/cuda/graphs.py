@@ -3,7 +3,8 @@
 At 1024 pixels a step on a fast GPU is bound by the launches of its kernels. A call whose
 shapes have been seen before is captured, collectives included, and replayed from then on; it
 composes with compiled blocks. The first call of a shape runs as it is: it loads kernels,
-makes communicators and compiles. The arguments are copied into tensors that keep their
+makes communicators and compiles. So does the second one, in which it is noted what the host sends
+to the device and reads from it (`xfuser_runtime.cuda.host`). The arguments are copied into tensors that keep their
 address, the output is cloned, so that callers notice nothing.
 
 Messages between stages stay outside: the call is cut into graphs where they stand, so a fast
@@ -27,13 +28,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from xfuser_runtime.cuda.arguments import (
+    NotReplayable,
+    copied,
+    describe,
+    state_of,
+    tensors_of,
+)
+from xfuser_runtime.cuda.host import HostNotes, HostRecorder
 from xfuser_runtime.cuda.kept import KeptState, call_sites
 from xfuser_runtime.cuda.snapshot import ModelSnapshot
 from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.collectives import P2PChannel
 from xfuser_runtime.distributed.runtime_state import get_runtime_state
 from xfuser_runtime.layers.base import CallSites
-from xfuser_runtime.transformers.outputs import map_tensors, tensors_in
+from xfuser_runtime.transformers.outputs import map_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -41,14 +50,19 @@ logger = logging.getLogger(__name__)
 MAX_GRAPHS = 8
 #: Captures that may become stale before the calls are left alone.
 MAX_STALE = 4
-
-_CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+#: Calls that a graph must answer before the host reads other numbers, or it counts as stale.
+WORTH_CAPTURING = 2
 
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 
 
-class NotReplayable(Exception):
-    """A call that no graph can stand for; the message says why."""
+class GraphPool:
+    """Memory of graphs, for as long as this is held: torch ends a pool with the last of its graphs."""
+
+    def __init__(self) -> None:
+        self.handle = torch.cuda.graph_pool_handle()
+        self._graph = torch.cuda.CUDAGraph()
+        _capture_one_kernel(self._graph, self.handle)
 
 
 class GraphRecorder:
@@ -58,7 +72,7 @@ class GraphRecorder:
         pool: the memory of the graphs.
     """
 
-    def __init__(self, pool: Any) -> None:
+    def __init__(self, pool: GraphPool) -> None:
         self._pool = pool
         self._steps: list[Callable[[], object]] = []
 
@@ -67,7 +81,7 @@ class GraphRecorder:
         return self
 
     def __exit__(self, kind: Any, *_: object) -> None:
-        # What failed has ended the capture on its side: that this says so too tells nothing.
+        # What failed may have ended the capture on its side: that this says so too tells nothing.
         with contextlib.suppress(*() if kind is None else (RuntimeError,)):
             self._end()
 
@@ -80,14 +94,28 @@ class GraphRecorder:
     def _begin(self) -> None:
         self._graph = torch.cuda.CUDAGraph()
         # Other threads (NCCL's watchdog) go on calling CUDA during the capture.
-        self._graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        self._graph.capture_begin(
+            pool=self._pool.handle, capture_error_mode="thread_local"
+        )
 
     def _end(self) -> None:
         with warnings.catch_warnings():
             # Between two messages there may be nothing.
             warnings.filterwarnings("ignore", ".*CUDA Graph is empty")
-            self._graph.capture_end()
+            try:
+                self._graph.capture_end()
+            except RuntimeError:
+                self._give_back()
+                raise
         self._steps.append(self._graph.replay)
+
+    def _give_back(self) -> None:
+        """What torch leaves to a graph that CUDA refuses: the stream's memory, random numbers."""
+        device = torch.cuda.current_device()
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(device, self._pool.handle)
+            torch._C._cuda_releasePool(device, self._pool.handle)
+        _capture_one_kernel(torch.cuda.CUDAGraph())
 
     def replay(self) -> None:
         """Run all of it on the current stream."""
@@ -103,18 +131,23 @@ class CapturedCall:
         inputs: nested arguments whose tensors the graphs read.
         output: nested output whose tensors the graphs write.
         replay: runs the graphs on the current stream.
+        notes: what the host sends and reads meanwhile.
         addresses: of the tensors that passes keep for each other.
+        count: calls that it has answered.
     """
 
     inputs: Any
     output: Any
     replay: Callable[[], None]
+    notes: HostNotes
     addresses: tuple[int, ...] = ()
+    count: int = 0
 
     def __call__(self, arguments: Any) -> Any:
         """The output for other arguments of the same signature."""
+        self.count += 1
         for static, given in zip(
-            tensors_in(self.inputs), tensors_in(arguments), strict=True
+            tensors_of(self.inputs), tensors_of(arguments), strict=True
         ):
             static.copy_(given)
         self.replay()
@@ -149,10 +182,12 @@ class CallReplayer:
         self._channel = channel
         # The one that is filled later, though it is empty now.
         self._streams = {} if streams is None else streams
-        self._pool: Any = None
+        self._pool: GraphPool | None = None
         self._stream: torch.cuda.Stream | None = None
-        # A call seen once has no graph yet.
-        self._calls: OrderedDict[Hashable, CapturedCall | None] = OrderedDict()
+        # A call seen once has nothing yet, one seen twice has notes, and then a graph.
+        self._calls: OrderedDict[Hashable, CapturedCall | HostNotes | None] = (
+            OrderedDict()
+        )
         self._snapshot: ModelSnapshot | None = None
         self._sites: list[CallSites[Any]] = []
         self._num_stale = 0
@@ -172,22 +207,71 @@ class CallReplayer:
                 self._forget()
             kept = self._kept(model)
             key = (*self._key(args, kwargs), kept.form)
-            captured = self._calls.get(key)
-            has_moved = captured is None or captured.addresses != kept.addresses
-            if has_moved and key in self._calls:
-                captured = self._captured(function, model, args, kwargs, kept)
+            held = self._calls.get(key)
+            if held is not None and not self._stands(held, (args, kwargs)):
+                held = None
+            if held is None and key in self._calls:
+                return self._noted(function, model, args, kwargs, kept, key)
+            if isinstance(held, CapturedCall) and held.addresses != kept.addresses:
+                held = held.notes
+            if isinstance(held, HostNotes):
+                held = self._captured(function, model, args, kwargs, kept, held)
         except NotReplayable as error:
             self._tell(str(error))
             return function(model, *args, **kwargs)
-        if captured is None:
-            output = function(model, *args, **kwargs)
-            # A call that changes what passes keep is never captured.
-            if self._kept(model) == kept:
+        if held is None:
+            output, is_repeatable = self._run(function, model, args, kwargs, kept)
+            if is_repeatable:
                 self._keep(key, None)
             return output
-        self._keep(key, captured)
+        self._keep(key, held)
         self.replays += 1
-        return captured((args, kwargs))
+        return held((args, kwargs))
+
+    def _stands(self, held: CapturedCall | HostNotes, arguments: Any) -> bool:
+        """False where the host would send or read other numbers now; such waste is counted."""
+        notes = held.notes if isinstance(held, CapturedCall) else held
+        if notes.hold(tensors_of(arguments)):
+            return True
+        if not isinstance(held, CapturedCall) or held.count < WORTH_CAPTURING:
+            self._num_stale += 1
+        return False
+
+    def _noted(
+        self,
+        function: Callable[..., Any],
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kept: KeptState,
+        key: Hashable,
+    ) -> Any:
+        """The call as it is; with its notes the next one can be captured."""
+        arguments = tensors_of((args, kwargs))
+        with HostRecorder(arguments, _device_type(arguments)) as recorder:
+            output, is_repeatable = self._run(function, model, args, kwargs, kept)
+        reason = recorder.notes.reason
+        if reason is None and self._num_stale > MAX_STALE:
+            reason = "the host sends or reads numbers that change from call to call"
+        if reason is not None:
+            self._num_stale = MAX_STALE + 1
+            self._tell(reason)
+        elif is_repeatable:
+            self._keep(key, recorder.notes)
+        return output
+
+    def _run(
+        self,
+        function: Callable[..., Any],
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kept: KeptState,
+    ) -> tuple[Any, bool]:
+        """The call as it is; whether it left alone what others go on with."""
+        state = state_of((args, kwargs))
+        output = function(model, *args, **kwargs)
+        return output, self._kept(model) == kept and state_of((args, kwargs)) == state
 
     def clear(self) -> None:
         """Drop all graphs and the memory that they hold."""
@@ -215,7 +299,10 @@ class CallReplayer:
         state = get_runtime_state()
         if torch.is_grad_enabled():
             raise NotReplayable("gradients are enabled")
-        devices = {x.device for x in tensors_in((args, kwargs))}
+        description = tuple(describe((args, kwargs)))
+        devices = {
+            x.device for x in tensors_of((args, kwargs)) if x.device.type != "cpu"
+        }
         if len(devices) > 1:
             raise NotReplayable(
                 f"arguments on {', '.join(sorted(map(str, devices)))}, a graph reads one device"
@@ -228,7 +315,7 @@ class CallReplayer:
             (call_index, state.patch, state.num_patches),
             (state.latents_shape, *state.loop_shapes.items()),
             autocast,
-            tuple(_describe((args, kwargs))),
+            description,
         )
 
     def _kept(self, model: nn.Module) -> KeptState:
@@ -247,6 +334,7 @@ class CallReplayer:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         kept: KeptState,
+        notes: HostNotes,
     ) -> CapturedCall:
         """Capture the call; nothing is computed yet.
 
@@ -255,10 +343,17 @@ class CallReplayer:
         """
         _check_hooks(model)
         start = time.perf_counter()
-        inputs = map_tensors(torch.clone, (args, kwargs))
+        inputs = copied((args, kwargs), torch.clone)
         run = self._capture or self._capture_on_device
+
+        def call() -> Any:
+            # The call may take its lists apart, and the tensors in them are written to later.
+            own_args, own_kwargs = copied(inputs)
+            with notes.played(_device_type(tensors_of(inputs))):
+                return function(model, *own_args, **own_kwargs)
+
         try:
-            replay, output = run(lambda: function(model, *inputs[0], **inputs[1]))
+            replay, output = run(call)
         except Exception as error:
             self._num_stale = MAX_STALE + 1
             raise NotReplayable(f"the capture failed: {_first_line(error)}") from error
@@ -268,7 +363,7 @@ class CallReplayer:
         self.capture_seconds += time.perf_counter() - start
         if self._snapshot is None:
             self._snapshot = ModelSnapshot(model)
-        return CapturedCall(inputs, output, replay, kept.addresses)
+        return CapturedCall(inputs, output, replay, notes, kept.addresses)
 
     def _capture_on_device(
         self, function: Callable[[], Any]
@@ -276,7 +371,7 @@ class CallReplayer:
         if self._pool is None:
             # One pool for all: outputs are cloned, so graphs may write over each other. Memory
             # goes from one to the next on the same stream alone.
-            self._pool = torch.cuda.graph_pool_handle()
+            self._pool = GraphPool()
             self._stream = torch.cuda.Stream()
         torch.cuda.synchronize()
         recorder = GraphRecorder(self._pool)
@@ -315,26 +410,15 @@ class CallReplayer:
             logger.warning("transformer calls run without a CUDA graph: %s", reason)
 
 
-def _describe(value: Any) -> Iterator[Hashable]:
-    """Structure, shapes and constants of nested arguments.
+def _capture_one_kernel(graph: torch.cuda.CUDAGraph, pool: Any = None) -> None:
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        torch.zeros(1, device="cuda")
 
-    Raises:
-        NotReplayable: a value that is neither a tensor nor a constant.
-    """
-    if isinstance(value, torch.Tensor):
-        yield (tuple(value.shape), value.dtype, value.device)
-    elif isinstance(value, _CONSTANTS):
-        yield (type(value), value)
-    elif isinstance(value, dict):
-        yield tuple(value)
-        for item in value.values():
-            yield from _describe(item)
-    elif isinstance(value, (tuple, list)):
-        yield (type(value), len(value))
-        for item in value:
-            yield from _describe(item)
-    else:
-        raise NotReplayable(f"an argument of type {type(value).__name__}")
+
+def _device_type(tensors: list[torch.Tensor]) -> str:
+    """Where a call computes: no more than one device besides the host."""
+    types = {tensor.device.type for tensor in tensors}
+    return max(types - {"cpu"}, default="cpu")
 
 
 def _check_hooks(model: nn.Module) -> None:

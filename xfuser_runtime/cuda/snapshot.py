@@ -34,7 +34,7 @@ class ModelSnapshot:
     def __init__(self, model: nn.Module) -> None:
         self._sizes: list[tuple[dict[str, Any], int]] = []
         self._entries: list[tuple[dict[str, Any], str, Any]] = []
-        self._lists: list[tuple[list[Any], tuple[Any, ...]]] = []
+        self._lists: list[tuple[dict[str, Any], str, list[Any]]] = []
         self._addresses: list[tuple[Any, int]] = []
         for module in model.modules():
             held = vars(module)
@@ -54,11 +54,11 @@ class ModelSnapshot:
         return (
             all(len(held) == size for held, size in self._sizes)
             and all(
-                held.get(name) is value
-                or (type(value) in _PLAIN and held.get(name) == value)
-                for held, name, value in self._entries
+                _is_same(held.get(name), value) for held, name, value in self._entries
             )
-            and all(tuple(held) == values for held, values in self._lists)
+            and all(
+                _are_same(held.get(name), values) for held, name, values in self._lists
+            )
             and all(x.data_ptr() == address for x, address in self._addresses)
         )
 
@@ -67,11 +67,13 @@ class ModelSnapshot:
         self._entries += [(held, name, value) for name, value in held.items()]
 
     def _watch_entry(self, held: dict[str, Any], name: str, value: Any) -> None:
+        if isinstance(value, list):
+            # Some models make a list of the same tensors anew in every call.
+            self._lists.append((held, name, list(value)))
+            return
         self._entries.append((held, name, value))
         if isinstance(value, dict):
             self._watch(value)
-        elif isinstance(value, list) and all(type(item) in _PLAIN for item in value):
-            self._lists.append((value, tuple(value)))
         elif not isinstance(value, (nn.Module, type)) and type(value) not in _PLAIN:
             # A processor, say: its own plain settings, one level deep.
             self._watch(
@@ -79,3 +81,15 @@ class ModelSnapshot:
                 if hasattr(value, "__dict__") and name == "processor"
                 else {}
             )
+
+
+def _is_same(found: Any, value: Any) -> bool:
+    return found is value or (type(value) in _PLAIN and found == value)
+
+
+def _are_same(found: Any, values: list[Any]) -> bool:
+    return (
+        isinstance(found, list)
+        and len(found) == len(values)
+        and all(map(_is_same, found, values))
+    )

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from xfuser_runtime.cuda.graphs import CallReplayer
 from xfuser_runtime.transformers.outputs import tensors_in
 from xfuser_runtime.transformers.wrapping import Wrapping
@@ -22,6 +25,29 @@ def played(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
             target.copy_(found)
 
     return replay, output
+
+
+class _NoReads(TorchDispatchMode):
+    """As a capture on CUDA: an operation that the host waits for fails."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return func(*args, **(kwargs or {}))
+
+
+def played_without_reads(
+    function: Callable[[], Any],
+) -> tuple[Callable[[], None], Any]:
+    """`played`, of a function that does not wait for numbers."""
+
+    def run() -> Any:
+        with _NoReads():
+            return function()
+
+    return played(run)
 
 
 def run_call(
