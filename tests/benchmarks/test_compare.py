@@ -58,6 +58,10 @@ def test_a_run_on_cpu(tmp_path: Path) -> None:
     names = ("one", "cfg2", "ulysses2", "ring2", "pipefusion2")
     assert found == {(STOCK, "one"), *((OURS, name) for name in names)}
     assert all(r["error"] is None and r["step_ms"] for r in data["rows"])
+    # What several ranks add to the engine's own result; PipeFusion reads older keys by design.
+    added = {r["layout"]["mode"]: r["spread"] for r in data["rows"][1:]}
+    assert added["one"] == 0 and added["pipefusion2"] > 1e-5
+    assert all(added[mode] < 1e-5 for mode in ("cfg2", "ulysses2", "ring2"))
     text = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "| diffusers one " in text and "| porter ulysses2 " in text
 
@@ -78,6 +82,8 @@ def test_more_ranks_and_no_peer_access(tmp_path: Path) -> None:
     # On CPU stock diffusers is fp32 in any case.
     assert all(r["rounding"] == pytest.approx(r["difference"], abs=1e-9) for r in rows)
     assert all(r["error"] is None and r["reshape_s"] is not None for r in rows)
+    # Our own row of one rank was not asked for.
+    assert all(r["spread"] is None for r in rows if r["layout"]["engine"] == OURS)
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert "| porter cfg2 ulysses2 no-p2p " in text and "--gpus 2,4" in text
 
