@@ -50,8 +50,9 @@ logger = logging.getLogger(__name__)
 MAX_GRAPHS = 8
 #: Captures that may become stale before the calls are left alone.
 MAX_STALE = 4
-#: Calls that a graph must answer before the host reads other numbers, or it counts as stale.
-WORTH_CAPTURING = 2
+#: Graphs for calls of one signature whose host sends or reads other numbers (with guidance and
+#: without); one that goes counts as stale where it answered fewer calls than it is worth.
+MAX_VARIANTS, WORTH_CAPTURING = 4, 2
 
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 
@@ -185,7 +186,7 @@ class CallReplayer:
         self._pool: GraphPool | None = None
         self._stream: torch.cuda.Stream | None = None
         # A call seen once has nothing yet, one seen twice has notes, and then a graph.
-        self._calls: OrderedDict[Hashable, CapturedCall | HostNotes | None] = (
+        self._calls: OrderedDict[Hashable, list[CapturedCall | HostNotes]] = (
             OrderedDict()
         )
         self._snapshot: ModelSnapshot | None = None
@@ -207,35 +208,36 @@ class CallReplayer:
                 self._forget()
             kept = self._kept(model)
             key = (*self._key(args, kwargs), kept.form)
-            held = self._calls.get(key)
-            if held is not None and not self._stands(held, (args, kwargs)):
-                held = None
+            held = self._variant(key, (args, kwargs))
             if held is None and key in self._calls:
                 return self._noted(function, model, args, kwargs, kept, key)
+            captured = held
             if isinstance(held, CapturedCall) and held.addresses != kept.addresses:
-                held = held.notes
-            if isinstance(held, HostNotes):
-                held = self._captured(function, model, args, kwargs, kept, held)
+                captured = held.notes
+            if isinstance(captured, HostNotes):
+                captured = self._captured(function, model, args, kwargs, kept, captured)
         except NotReplayable as error:
             self._tell(str(error))
             return function(model, *args, **kwargs)
-        if held is None:
+        if captured is None:
             output, is_repeatable = self._run(function, model, args, kwargs, kept)
             if is_repeatable:
-                self._keep(key, None)
+                self._keep(key)
             return output
-        self._keep(key, held)
+        self._keep(key, captured, in_place_of=held)
         self.replays += 1
-        return held((args, kwargs))
+        return captured((args, kwargs))
 
-    def _stands(self, held: CapturedCall | HostNotes, arguments: Any) -> bool:
-        """False where the host would send or read other numbers now; such waste is counted."""
-        notes = held.notes if isinstance(held, CapturedCall) else held
-        if notes.hold(tensors_of(arguments)):
-            return True
-        if not isinstance(held, CapturedCall) or held.count < WORTH_CAPTURING:
-            self._num_stale += 1
-        return False
+    def _variant(
+        self, key: Hashable, arguments: Any
+    ) -> CapturedCall | HostNotes | None:
+        """What is held of a call in which the host sends and reads the same numbers."""
+        tensors = tensors_of(arguments)
+        for held in self._calls.get(key, ()):
+            notes = held.notes if isinstance(held, CapturedCall) else held
+            if notes.hold(tensors):
+                return held
+        return None
 
     def _noted(
         self,
@@ -250,12 +252,9 @@ class CallReplayer:
         arguments = tensors_of((args, kwargs))
         with HostRecorder(arguments, _device_type(arguments)) as recorder:
             output, is_repeatable = self._run(function, model, args, kwargs, kept)
-        reason = recorder.notes.reason
-        if reason is None and self._num_stale > MAX_STALE:
-            reason = "the host sends or reads numbers that change from call to call"
-        if reason is not None:
+        if recorder.notes.reason is not None:
             self._num_stale = MAX_STALE + 1
-            self._tell(reason)
+            self._tell(recorder.notes.reason)
         elif is_repeatable:
             self._keep(key, recorder.notes)
         return output
@@ -391,18 +390,36 @@ class CallReplayer:
         finally:
             self._channel.recorder = None
 
-    def _keep(self, key: Hashable, captured: CapturedCall | None) -> None:
-        self._calls[key] = captured
+    def _keep(
+        self,
+        key: Hashable,
+        variant: CapturedCall | HostNotes | None = None,
+        in_place_of: CapturedCall | HostNotes | None = None,
+    ) -> None:
+        variants = self._calls.setdefault(key, [])
         self._calls.move_to_end(key)
+        if variant is not None:
+            # The one unused for longest goes first.
+            kept = [x for x in variants if x is not in_place_of and x is not variant]
+            variants[:] = [*kept, variant]
+        if len(variants) > MAX_VARIANTS:
+            oldest = variants.pop(0)
+            if isinstance(oldest, HostNotes) or oldest.count < WORTH_CAPTURING:
+                self._count_stale(
+                    "the host sends or reads numbers that change from call to call"
+                )
         while len(self._calls) > MAX_GRAPHS * get_runtime_state().num_patches:
             self._calls.popitem(last=False)
 
     def _forget(self) -> None:
         """The model is not what it was at the capture."""
-        self._num_stale += 1
         self.clear()
+        self._count_stale("weights, adapters or settings change from call to call")
+
+    def _count_stale(self, reason: str) -> None:
+        self._num_stale += 1
         if self._num_stale > MAX_STALE:
-            self._tell("weights, adapters or settings change from call to call")
+            self._tell(reason)
 
     def _tell(self, reason: str) -> None:
         if reason not in self.reasons:

@@ -62,6 +62,9 @@ _UNFILLED = frozenset(
 #: What torch says where the host waits.
 _WAIT = "called a synchronizing CUDA operation"
 
+#: Comparisons that are remembered for each note.
+MAX_COMPARISONS = 64
+
 #: The arguments, by position, that a tensor follows from; None where that is not all.
 Origin = frozenset[int] | None
 
@@ -82,6 +85,19 @@ class Read:
     value: Any
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """An argument that was compared, and whether it had the noted numbers."""
+
+    tensor: weakref.ref[torch.Tensor]
+    version: int | None
+    is_equal: bool
+
+    def is_of(self, given: torch.Tensor, version: int | None) -> bool:
+        """It is this very tensor, and nothing was written to it since."""
+        return self.tensor() is given and self.version == version is not None
+
+
 @dataclass
 class HostNotes:
     """What a call sent and read.
@@ -97,22 +113,27 @@ class HostNotes:
     reason: str | None = None
 
     def __post_init__(self) -> None:
-        # What was found equal last, so that the same tensor is not compared at each step.
-        self._seen: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
+        # What comparisons came to, so that the same tensors are not compared at each step.
+        self._compared: dict[tuple[int, int], Comparison] = {}
 
     def hold(self, arguments: Sequence[torch.Tensor]) -> bool:
         """The entries are those of a call with these arguments, of the shapes of the noted one."""
-        for position, noted in self.fixed.items():
-            given = arguments[position]
-            # Without a count of changes there is no telling.
-            version = -1 if given.is_inference() else given._version
-            seen, seen_version = self._seen.get(position, (_nothing, -1))
-            if given is seen() and version == seen_version >= 0:
-                continue
-            if not torch.equal(noted, given):
-                return False
-            self._seen[position] = (weakref.ref(given), version)
-        return True
+        return all(
+            self._is_equal(position, arguments[position]) for position in self.fixed
+        )
+
+    def _is_equal(self, position: int, given: torch.Tensor) -> bool:
+        # Without a count of changes there is no telling whether there were any.
+        version = None if given.is_inference() else given._version
+        key = (position, id(given))
+        known = self._compared.get(key)
+        if known is not None and known.is_of(given, version):
+            return known.is_equal
+        is_equal = torch.equal(self.fixed[position], given)
+        self._compared[key] = Comparison(weakref.ref(given), version, is_equal)
+        while len(self._compared) > MAX_COMPARISONS:
+            self._compared.pop(next(iter(self._compared)))
+        return is_equal
 
     def played(self, device_type: str) -> AbstractContextManager[Any]:
         """Within `with`: the call is answered from the entries."""
@@ -410,10 +431,6 @@ def _sync_debug_mode(mode: str) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
-
-
-def _nothing() -> None:
-    """A reference to no tensor."""
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 
+from porter.verify import floor
 from porter.verify.cases import cases_for, fresh
 from porter.verify.floor import (
     doubled_key,
@@ -47,6 +48,37 @@ def test_permuted_keys_change_nothing_but_rounding() -> None:
     order = torch.arange(36, -1, -1)
     wrong = AttentionCall(q, k[:, :, order], v[:, :, order], attn_mask=mask)
     assert not torch.allclose(wrong.run(), call.run(), atol=1e-2)
+
+
+@pytest.mark.parametrize(("output_type", "orders"), [("latent", 1), ("pt", 4)])
+def test_the_floor_of_a_decoder_is_the_largest_of_several(
+    pixart: Any, monkeypatch: pytest.MonkeyPatch, output_type: str, orders: int
+) -> None:
+    errors = [1e-8, 2e-8, 3e-6, 1e-8][:orders]
+    left = iter(errors)
+    monkeypatch.setattr(floor, "relative_error", lambda found, expected: next(left))
+    numbers = []
+
+    def permuted(call: AttentionCall, number: int) -> torch.Tensor:
+        numbers.append(number)
+        return permuted_keys(call, number)
+
+    monkeypatch.setattr(floor, "permuted_keys", permuted)
+    call = fresh(pixart, cases_for(pixart)[0])
+    stock = reference(pixart, lambda: {**call(), "output_type": output_type})
+    assert stock.floor == max(errors) and next(left, None) is None
+    assert set(numbers) == set(range(orders))
+
+
+def test_orders_differ() -> None:
+    q, k, v = (torch.randn(1, 1, n, 8) for n in (5, 37, 37))
+    seen = [
+        permuted_keys(AttentionCall(q, k, v, attn_mask=None), number)
+        for number in range(4)
+    ]
+    for number, found in enumerate(seen[1:]):
+        torch.testing.assert_close(found, seen[number])
+        assert not torch.equal(found, seen[number])
 
 
 def test_only_the_denoiser_is_touched(pixart: Any) -> None:

@@ -385,6 +385,14 @@ class TestReads:
             assert [lengths.run(mask) for _ in expected] == expected
         assert lengths.replayer.reasons == []
 
+    def test_two_calls_in_turn_have_a_graph_each(self, state: RuntimeState) -> None:
+        lengths = Lengths(Model())
+        masks = [torch.tensor([1, 1, 1, 0]), torch.tensor([1, 0, 0, 0])]
+        found = [lengths.run(mask) for _ in range(4) for mask in masks]
+        # The first call of a signature is noted for none of them.
+        assert found == [False, False, False, True, True, True, True, True]
+        assert lengths.replayer.reasons == []
+
     def test_notes_of_other_numbers_would_be_wrong(
         self, state: RuntimeState, monkeypatch: pytest.MonkeyPatch
     ) -> None:
