@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -98,9 +97,10 @@ def _xdit(
     pipeline: Any, model: BenchmarkModel, layout: Layout, *, steps: int, **_: Any
 ) -> Any:
     # It joins the process group itself, and asks for one that it has not joined.
-    if layout.compiled and not hasattr(_flash_attn(), "__version__"):
-        # Compiled it asks that package for a version, which flash-attn-4 alone does not have.
-        sys.modules["flash_attn"] = None  # type: ignore[assignment]
+    package = _flash_attn()
+    if package is not None and not hasattr(package, "__version__"):
+        # Compiled it asks for a version, which flash-attn-4 alone does not have.
+        vars(package)["__version__"] = "0"
     xfuser = importlib.import_module("xfuser")
     degrees = dict(layout.degrees)
     stages = degrees.get("pipefusion_parallel_degree", 1)

@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[3]
 
 def check_fine(*arguments: str) -> None:
     """Run a script or `-m` module with its arguments; each process must print `fine`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    command = [sys.executable, "-m", "torch.distributed.run"]
+    command += ["--standalone", "--nproc_per_node=2"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     found = subprocess.run(
         [*command, *arguments],
