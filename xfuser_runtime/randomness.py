@@ -127,6 +127,18 @@ def random_states(generators: Sequence[torch.Generator]) -> list[torch.Tensor]:
     return states + [generator.get_state() for generator in generators]
 
 
+def set_random_states(
+    states: Sequence[torch.Tensor], generators: Sequence[torch.Generator]
+) -> None:
+    """Put back what :func:`random_states` returned, on this rank or another."""
+    rest = list(states)
+    torch.set_rng_state(rest.pop(0))
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(rest.pop(0))
+    for generator, state in zip(generators, rest, strict=True):
+        generator.set_state(state)
+
+
 @contextmanager
 def same_randomness(group: Group, *values: Any) -> Iterator[None]:
     """Run a call in which all ranks of `group` draw what its first rank would draw.
@@ -148,11 +160,7 @@ def same_randomness(group: Group, *values: Any) -> Iterator[None]:
                 f"on {theirs or 'no device'} on the first rank of its group, expected the "
                 "same on all; pass the same arguments on every rank"
             )
-        torch.set_rng_state(states.pop(0))
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state(states.pop(0))
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+        set_random_states(states, generators)
     yield
 
 

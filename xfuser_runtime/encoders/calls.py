@@ -28,7 +28,7 @@ from xfuser_runtime.distributed.runtime_state import (
 from xfuser_runtime.encoders.absent import Absent, Sharing
 from xfuser_runtime.encoders.results import Packed, pack, receive, send_tensors
 from xfuser_runtime.errors import NotSupportedError, StateError
-from xfuser_runtime.randomness import find_generators, random_states
+from xfuser_runtime.randomness import find_generators, random_states, set_random_states
 
 _SHARING = "_xfuser_sharing"
 _PATH = "_xfuser_path"
@@ -260,20 +260,11 @@ def _receive(
     if answer.call != call:
         _refuse_other_call(call, answer.call, group)
     if answer.states is not None:
-        _set_states(answer.states, generators)
+        set_random_states(answer.states, generators)
     if answer.device_type != sharing.device.type and answer.device_type != "meta":
         index = torch.cuda.current_device() if answer.device_type == "cuda" else None
         sharing.device = torch.device(answer.device_type, index)
     return result
-
-
-def _set_states(states: list[torch.Tensor], generators: list[torch.Generator]) -> None:
-    rest = list(states)
-    torch.set_rng_state(rest.pop(0))
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(rest.pop(0))
-    for generator, state in zip(generators, rest, strict=True):
-        generator.set_state(state)
 
 
 def _refuse_other_call(own: str, theirs: str, group: Group) -> NoReturn:
