@@ -69,12 +69,18 @@ MAX_COMPARISONS = 64
 Origin = frozenset[int] | None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sent:
     """Numbers of the host, and what the device got."""
 
     source: torch.Tensor
+    version: int | None
     value: torch.Tensor
+
+    @property
+    def is_current(self) -> bool:
+        """False once the host has written to its numbers."""
+        return self.version == _version(self.source)
 
 
 @dataclass
@@ -120,11 +126,10 @@ class HostNotes:
         """The entries are those of a call with these arguments, of the shapes of the noted one."""
         return all(
             self._is_equal(position, arguments[position]) for position in self.fixed
-        )
+        ) and all(x.is_current for x in self.entries if isinstance(x, Sent))
 
     def _is_equal(self, position: int, given: torch.Tensor) -> bool:
-        # Without a count of changes there is no telling whether there were any.
-        version = None if given.is_inference() else given._version
+        version = _version(given)
         key = (position, id(given))
         known = self._compared.get(key)
         if known is not None and known.is_of(given, version):
@@ -259,7 +264,7 @@ class HostRecorder(_HostMode):
         self._arguments = arguments
         self._origins: dict[int, tuple[StorageWeakRef, Origin]] = {}
         # The same numbers are sent again by every block of some models.
-        self._sent: dict[Any, tuple[torch.Tensor, Sent]] = {}
+        self._sent: dict[Any, Sent] = {}
         self._warnings: list[warnings.WarningMessage] = []
         for position, argument in enumerate(arguments):
             # Arguments may be views of one tensor.
@@ -281,15 +286,12 @@ class HostRecorder(_HostMode):
         self._fix(
             [source], "the host sends numbers that are not the same in every call"
         )
-        key = (
-            source.data_ptr(),
-            # Nothing counts the changes of these.
-            len(self._sent) if source.is_inference() else source._version,
-            (source.shape, source.stride(), source.dtype, value.dtype),
-        )
-        # The original is held as well, so that no other gets its address.
-        _, entry = self._sent.setdefault(
-            key, (source, Sent(source.clone(), value.clone()))
+        version = _version(source)
+        # A number of its own for what counts no changes.
+        count = len(self._sent) if version is None else version
+        key = (source.data_ptr(), source.shape, source.stride(), source.dtype)
+        entry = self._sent.setdefault(
+            (*key, value.dtype, count), Sent(source, version, value.clone())
         )
         self.notes.entries.append(entry)
         self._put(value, frozenset())
@@ -431,6 +433,11 @@ def _sync_debug_mode(mode: str) -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """How often it was written to; None where torch does not count."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -153,13 +153,18 @@ class TestSent:
 
         assert len({id(x) for x in self.notes(changing).entries}) == 3
 
-    def test_other_numbers_are_refused(self) -> None:
+    def test_notes_hold_until_the_host_writes_to_its_numbers(self) -> None:
         table = torch.arange(4)
-        notes = self.notes(lambda: table.to("meta"))
+        notes = self.notes(lambda: table[:2].to("meta"))
+        assert notes.hold([])
         table += 1
+        assert not notes.hold([])
+
+    def test_other_numbers_are_refused(self) -> None:
+        notes = self.notes(lambda: torch.arange(4).to("meta"))
         refusal = pytest.raises(NotReplayable, match="sends other numbers")
         with refusal, HostPlayer(notes, "meta"):
-            table.to("meta")
+            torch.arange(1, 5).to("meta")
 
     def test_random_numbers_are_refused(self) -> None:
         notes = self.notes(lambda: torch.randn(4).mul(2).to("meta"))
