@@ -24,6 +24,10 @@ from porter.verify.floor import GLOBAL_SEED
 _PREPARE = f"{provide.__module__}:{provide.__name__}"
 
 
+#: The tensors that each replica returned.
+Replicas = tuple[tuple[torch.Tensor, ...], ...]
+
+
 @dataclass(frozen=True)
 class RunRequest:
     """One group of ranks.
@@ -51,7 +55,7 @@ class RunResult:
 
     Attributes:
         name: of the run.
-        outputs: final latents by call, replicas joined along the batch.
+        outputs: by call the final latents of each replica.
         callback_steps: by call, for each rank, the steps at which its callback was called.
         error: one line if a rank failed, else None.
         traceback: of the first rank that failed.
@@ -60,7 +64,7 @@ class RunResult:
     """
 
     name: str
-    outputs: Mapping[str, tuple[torch.Tensor, ...]]
+    outputs: Mapping[str, Replicas]
     callback_steps: Mapping[str, tuple[list[int] | None, ...]]
     error: str | None
     traceback: str
@@ -124,13 +128,13 @@ class Replay:
 
     def _result(self, report: dict[str, Any]) -> RunResult:
         request = self.requests[report["run"]]
-        outputs: dict[str, tuple[torch.Tensor, ...]] = {}
+        outputs: dict[str, Replicas] = {}
         error = report.get("error")
         if error is None:
             folder = self.folder / "results" / request.name
             replicas = int(request.arguments.get("data_parallel_degree", 1))
             for call in request.calls:
-                outputs[call] = _joined(folder, call, replicas)
+                outputs[call] = _of_replicas(folder, call, replicas)
                 if not outputs[call]:
                     error = (
                         f"call {call!r} returned nothing on the last rank of a replica"
@@ -215,13 +219,26 @@ def modules_of_components(checkpoint: Path) -> list[str]:
     return sorted(module for module in modules if "." in module)
 
 
-def _joined(folder: Path, call: str, replicas: int) -> tuple[torch.Tensor, ...]:
-    """The outputs of all replicas, joined along the batch; empty where one is missing."""
-    paths = [folder / f"{call}.dp{replica}.pt" for replica in range(replicas)]
+def joined(
+    replicas: Replicas, like: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """The outputs of all replicas as one call returns them.
+
+    Args:
+        replicas: the tensors of each.
+        like: what one call returned: tensors of the whole batch, or one for each sample.
+    """
+    if len(replicas) > 1 and sum(map(len, replicas)) == len(like):
+        return tuple(tensor for tensors in replicas for tensor in tensors)
+    return tuple(torch.cat(tensors) for tensors in zip(*replicas, strict=True))
+
+
+def _of_replicas(folder: Path, call: str, count: int) -> Replicas:
+    """The outputs of all replicas; empty where one is missing."""
+    paths = [folder / f"{call}.dp{replica}.pt" for replica in range(count)]
     if not all(path.exists() for path in paths):
         return ()
-    parts = [torch.load(path, weights_only=True) for path in paths]
-    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return tuple(tuple(torch.load(path, weights_only=True)) for path in paths)
 
 
 def _python_path() -> str:

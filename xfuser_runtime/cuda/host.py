@@ -48,6 +48,7 @@ _INDEXING = frozenset(
         aten.index_put_.default,
     }
 )
+_MASKS = (torch.bool, torch.uint8)
 #: Memory that may be filled by what torch does not see.
 _UNFILLED = frozenset(
     {
@@ -236,7 +237,7 @@ class _HostMode(TorchDispatchMode):
         self, index: torch.Tensor | None, indexed: torch.Tensor
     ) -> Iterator[torch.Tensor | None]:
         """Indices of numbers for one that may be a mask."""
-        if index is None or index.dtype not in (torch.bool, torch.uint8):
+        if index is None or index.dtype not in _MASKS or index.dim() == 0:
             yield self._plain(index, indexed)
             return
         on_device = self._is_on_device(index)
@@ -266,6 +267,7 @@ class HostRecorder(_HostMode):
         # The same numbers are sent again by every block of some models.
         self._sent: dict[Any, Sent] = {}
         self._warnings: list[warnings.WarningMessage] = []
+        self._own = {x.untyped_storage()._cdata for x in arguments}
         for position, argument in enumerate(arguments):
             # Arguments may be views of one tensor.
             self._put(argument, (self._origin(argument) or frozenset()) | {position})
@@ -315,9 +317,14 @@ class HostRecorder(_HostMode):
         if func is aten.lift_fresh.default:
             origin = frozenset()
         value = func(*args, **kwargs)
-        found = [*_tensors(value), *_written(func, args, kwargs)]
+        written = list(_written(func, args, kwargs))
+        found = [*_tensors(value), *written]
         for tensor in found:
             self._put(tensor, origin)
+        for tensor in written:
+            # What an argument held when the call began is not known any more.
+            if tensor.untyped_storage()._cdata in self._own:
+                self._put(tensor, None)
         if any(map(self._is_on_device, found)):
             # A kernel gets a number of the host as it is now.
             numbers = [x for x in inputs if not self._is_on_device(x)]
@@ -345,7 +352,7 @@ class HostRecorder(_HostMode):
         if origin is None:
             self._refuse(refusal)
             return
-        for position in origin:
+        for position in origin - self.notes.fixed.keys():
             self.notes.fixed[position] = self._arguments[position].clone()
 
     def _refuse(self, what: str, where: str | None = None) -> None:

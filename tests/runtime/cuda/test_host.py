@@ -106,9 +106,18 @@ def _through_a_buffer(mask: torch.Tensor) -> torch.Tensor:
         lambda mask, rows: torch.rand(()) * 4,
         lambda mask, rows: torch.empty(4).copy_(mask).sum(),
         lambda mask, rows: _through_a_buffer(mask).sum(),
+        lambda mask, rows: rows.clone().sum() + rows.mul_(1).sum(),
         lambda mask, rows: torch.compile(lambda x: x.sum() + 1)(mask),
     ],
-    ids=["weight", "sum with a weight", "random", "unfilled", "buffer", "compiled"],
+    ids=[
+        "weight",
+        "sum with a weight",
+        "random",
+        "unfilled",
+        "buffer",
+        "argument",
+        "compiled",
+    ],
 )
 def test_reads_of_what_may_change_are_refused(number: Callable[..., Any]) -> None:
     torch.compiler.reset()
