@@ -286,7 +286,7 @@ def test_random_states_not_taken_over_are_caught(
     workshop: Workshop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sabotage: the other rank goes on with its own states."""
-    monkeypatch.setattr(calls, "_set_states", lambda states, generators: None)
+    monkeypatch.setattr(calls, "set_random_states", lambda states, generators: None)
     first, other = drawing_ranks(workshop, monkeypatch)
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
