@@ -24,10 +24,6 @@ from porter.verify.floor import GLOBAL_SEED
 _PREPARE = f"{provide.__module__}:{provide.__name__}"
 
 
-#: The tensors that each replica returned.
-Replicas = tuple[tuple[torch.Tensor, ...], ...]
-
-
 @dataclass(frozen=True)
 class RunRequest:
     """One group of ranks.
@@ -55,7 +51,7 @@ class RunResult:
 
     Attributes:
         name: of the run.
-        outputs: by call the final latents of each replica.
+        outputs: final latents by call, replicas joined along the batch.
         callback_steps: by call, for each rank, the steps at which its callback was called.
         error: one line if a rank failed, else None.
         traceback: of the first rank that failed.
@@ -64,7 +60,7 @@ class RunResult:
     """
 
     name: str
-    outputs: Mapping[str, Replicas]
+    outputs: Mapping[str, tuple[torch.Tensor, ...]]
     callback_steps: Mapping[str, tuple[list[int] | None, ...]]
     error: str | None
     traceback: str
@@ -128,13 +124,13 @@ class Replay:
 
     def _result(self, report: dict[str, Any]) -> RunResult:
         request = self.requests[report["run"]]
-        outputs: dict[str, Replicas] = {}
+        outputs: dict[str, tuple[torch.Tensor, ...]] = {}
         error = report.get("error")
         if error is None:
             folder = self.folder / "results" / request.name
             replicas = int(request.arguments.get("data_parallel_degree", 1))
             for call in request.calls:
-                outputs[call] = _of_replicas(folder, call, replicas)
+                outputs[call] = _joined(folder, call, replicas)
                 if not outputs[call]:
                     error = (
                         f"call {call!r} returned nothing on the last rank of a replica"
@@ -219,26 +215,13 @@ def modules_of_components(checkpoint: Path) -> list[str]:
     return sorted(module for module in modules if "." in module)
 
 
-def joined(
-    replicas: Replicas, like: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, ...]:
-    """The outputs of all replicas as one call returns them.
-
-    Args:
-        replicas: the tensors of each.
-        like: what one call returned: tensors of the whole batch, or one for each sample.
-    """
-    if len(replicas) > 1 and sum(map(len, replicas)) == len(like):
-        return tuple(tensor for tensors in replicas for tensor in tensors)
-    return tuple(torch.cat(tensors) for tensors in zip(*replicas, strict=True))
-
-
-def _of_replicas(folder: Path, call: str, count: int) -> Replicas:
-    """The outputs of all replicas; empty where one is missing."""
-    paths = [folder / f"{call}.dp{replica}.pt" for replica in range(count)]
+def _joined(folder: Path, call: str, replicas: int) -> tuple[torch.Tensor, ...]:
+    """The outputs of all replicas, joined along the batch; empty where one is missing."""
+    paths = [folder / f"{call}.dp{replica}.pt" for replica in range(replicas)]
     if not all(path.exists() for path in paths):
         return ()
-    return tuple(tuple(torch.load(path, weights_only=True)) for path in paths)
+    parts = [torch.load(path, weights_only=True) for path in paths]
+    return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
 
 
 def _python_path() -> str:

@@ -38,7 +38,7 @@ from porter.verify.geometry import OracleRefusal
 from porter.verify.hooks import kept_processors
 from porter.verify.modes import Mode, all_modes
 from porter.verify.oracle import DisplacedPatches
-from porter.verify.processes import RunRequest, RunResult, joined, start_replay
+from porter.verify.processes import RunRequest, RunResult, start_replay
 from porter.verify.sabotage import Mechanisms, faults_for
 from porter.verify.verdict import Measurement, ModeVerdict, Sabotage, Verification
 
@@ -326,7 +326,7 @@ def _verdict(
     measurements = tuple(
         Measurement(
             case.name,
-            _error(result, answers, case),
+            relative_error(result.outputs[_call_name(case)], answers.outputs[case]),
             subject.references[case].floor,
             all(s == steps[case] for s in result.callback_steps[_call_name(case)]),
         )
@@ -350,15 +350,10 @@ def _sabotage(
     floor = subject.references[case].floor
     if result.error is not None:
         return Sabotage(fault, math.nan, floor, f"the ranks stopped: {result.error}")
-    error = _error(result, answers, case)
+    outputs = result.outputs[_call_name(case)]
+    error = relative_error(outputs, answers.outputs[case])
     note = "" if result.reached else "the broken function was never called"
     return Sabotage(fault, error, floor, note)
-
-
-def _error(result: RunResult, answers: _Answers, case: Case) -> float:
-    expected = answers.outputs[case]
-    found = joined(result.outputs[_call_name(case)], expected)
-    return relative_error(found, expected)
 
 
 def _call_name(case: Case) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from porter.verify.cases import CHANGE_LATENTS, Case, cases_for, packed
-from porter.verify.processes import joined, modules_of_components
+from porter.verify.processes import modules_of_components
 from xfuser_runtime.replay import ranks
 from xfuser_runtime.replay.calls import callback_steps, unpacked
 from xfuser_runtime.replay.faults import injected
@@ -156,18 +156,3 @@ def test_hanging_ranks_are_ended(tmp_path: Path) -> None:
     result = _finish(started)
     assert result["error"] == "no answer after 5 s"
     assert not any(rank.is_alive() for rank in started.ranks)
-
-
-def test_replicas_are_joined_along_the_batch_or_sample_by_sample() -> None:
-    rows = torch.arange(8.0).view(4, 2)
-    halves = ((rows[:2],), (rows[2:],))
-    (found,) = joined(halves, (rows,))
-    assert torch.equal(found, rows)
-    # A list of pictures, one for each sample.
-    pictures = tuple(rows.split(2))
-    assert all(map(torch.equal, joined(halves, pictures), pictures))
-    # Two tensors of the batch, as latents and sound are.
-    both = tuple((half, half + 1) for (half,) in halves)
-    assert all(map(torch.equal, joined(both, (rows, rows + 1)), (rows, rows + 1)))
-    # One replica alone, whatever was expected of it.
-    assert len(joined(((rows, rows),), (rows,))) == 2
