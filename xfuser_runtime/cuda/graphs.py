@@ -35,8 +35,9 @@ from xfuser_runtime.cuda.arguments import (
     state_of,
     tensors_of,
 )
-from xfuser_runtime.cuda.host import HostNotes, HostRecorder
+from xfuser_runtime.cuda.host import HostRecorder, played
 from xfuser_runtime.cuda.kept import KeptState, call_sites
+from xfuser_runtime.cuda.notes import HostNotes
 from xfuser_runtime.cuda.snapshot import ModelSnapshot
 from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.collectives import P2PChannel
@@ -348,7 +349,7 @@ class CallReplayer:
         def call() -> Any:
             # The call may take its lists apart, and the tensors in them are written to later.
             own_args, own_kwargs = copied(inputs)
-            with notes.played(_device_type(tensors_of(inputs))):
+            with played(notes, _device_type(tensors_of(inputs))):
                 return function(model, *own_args, **own_kwargs)
 
         try:

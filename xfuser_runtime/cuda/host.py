@@ -16,10 +16,8 @@ from __future__ import annotations
 import contextlib
 import sys
 import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -29,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from xfuser_runtime.cuda.arguments import NotReplayable
+from xfuser_runtime.cuda.notes import HostNotes, Read, Sent, version_of
+from xfuser_runtime.cuda.waits import WAIT, sync_debug_mode, waits_noticed
 
 aten = torch.ops.aten
 
@@ -60,92 +60,8 @@ _UNFILLED = frozenset(
     }
 )
 
-#: What torch says where the host waits.
-_WAIT = "called a synchronizing CUDA operation"
-
-#: Comparisons that are remembered for each note.
-MAX_COMPARISONS = 64
-
 #: The arguments, by position, that a tensor follows from; None where that is not all.
 Origin = frozenset[int] | None
-
-
-@dataclass(frozen=True)
-class Sent:
-    """Numbers of the host, and what the device got."""
-
-    source: torch.Tensor
-    version: int | None
-    value: torch.Tensor
-
-    @property
-    def is_current(self) -> bool:
-        """False once the host has written to its numbers."""
-        return self.version == _version(self.source)
-
-
-@dataclass
-class Read:
-    """An operation that the host waited for, and its result."""
-
-    function: Any
-    value: Any
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """An argument that was compared, and whether it had the noted numbers."""
-
-    tensor: weakref.ref[torch.Tensor]
-    version: int | None
-    is_equal: bool
-
-    def is_of(self, given: torch.Tensor, version: int | None) -> bool:
-        """It is this very tensor, and nothing was written to it since."""
-        return self.tensor() is given and self.version == version is not None
-
-
-@dataclass
-class HostNotes:
-    """What a call sent and read.
-
-    Attributes:
-        entries: in the order of the call.
-        fixed: positions and numbers of the arguments that the entries follow from.
-        reason: why the call cannot be captured with them; None where it can.
-    """
-
-    entries: list[Sent | Read] = field(default_factory=list)
-    fixed: dict[int, torch.Tensor] = field(default_factory=dict)
-    reason: str | None = None
-
-    def __post_init__(self) -> None:
-        # What comparisons came to, so that the same tensors are not compared at each step.
-        self._compared: dict[tuple[int, int], Comparison] = {}
-
-    def hold(self, arguments: Sequence[torch.Tensor]) -> bool:
-        """The entries are those of a call with these arguments, of the shapes of the noted one."""
-        return all(
-            self._is_equal(position, arguments[position]) for position in self.fixed
-        ) and all(x.is_current for x in self.entries if isinstance(x, Sent))
-
-    def _is_equal(self, position: int, given: torch.Tensor) -> bool:
-        version = _version(given)
-        key = (position, id(given))
-        known = self._compared.get(key)
-        if known is not None and known.is_of(given, version):
-            return known.is_equal
-        is_equal = torch.equal(self.fixed[position], given)
-        self._compared[key] = Comparison(weakref.ref(given), version, is_equal)
-        while len(self._compared) > MAX_COMPARISONS:
-            self._compared.pop(next(iter(self._compared)))
-        return is_equal
-
-    def played(self, device_type: str) -> AbstractContextManager[Any]:
-        """Within `with`: the call is answered from the entries."""
-        if not self.entries:
-            return contextlib.nullcontext()
-        return HostPlayer(self, device_type)
 
 
 class _HostMode(TorchDispatchMode):
@@ -274,7 +190,7 @@ class HostRecorder(_HostMode):
 
     def __enter__(self) -> Any:
         if self._device_type == "cuda":
-            self._warnings = self._stack.enter_context(_waits_noticed())
+            self._warnings = self._stack.enter_context(waits_noticed())
         return super().__enter__()
 
     def __exit__(self, *details: Any) -> None:
@@ -288,7 +204,7 @@ class HostRecorder(_HostMode):
         self._fix(
             [source], "the host sends numbers that are not the same in every call"
         )
-        version = _version(source)
+        version = version_of(source)
         # A number of its own for what counts no changes.
         count = len(self._sent) if version is None else version
         key = (source.data_ptr(), source.shape, source.stride(), source.dtype)
@@ -336,12 +252,12 @@ class HostRecorder(_HostMode):
         """The result of an operation of which it is known that the host waits for it."""
         if self._device_type != "cuda":
             return func(*args, **kwargs)
-        with _sync_debug_mode("default"):
+        with sync_debug_mode("default"):
             return func(*args, **kwargs)
 
     def _notice_waits(self) -> None:
         for warning in list(self._warnings):
-            if _WAIT in str(warning.message):
+            if WAIT in str(warning.message):
                 self._warnings.remove(warning)
                 where = _place(warning.filename, warning.lineno)
                 self._refuse("the host waits for the device", where)
@@ -408,6 +324,13 @@ class HostPlayer(_HostMode):
         return _copied(entry.value)
 
 
+def played(notes: HostNotes, device_type: str) -> AbstractContextManager[Any]:
+    """Within `with`: the call is answered from its notes."""
+    if not notes.entries:
+        return contextlib.nullcontext()
+    return HostPlayer(notes, device_type)
+
+
 @contextlib.contextmanager
 def _constants_in_sight() -> Iterator[None]:
     """Within the block `torch.tensor(numbers, device=...)` sends by an operation of its own."""
@@ -416,35 +339,6 @@ def _constants_in_sight() -> Iterator[None]:
         yield
     finally:
         torch._C._set_only_lift_cpu_tensors(False)
-
-
-@contextlib.contextmanager
-def _waits_noticed() -> Iterator[list[warnings.WarningMessage]]:
-    """Within the block: a list that gets a warning each time that the host waits for the device."""
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        with _sync_debug_mode("warn"):
-            yield found
-    for other in found:
-        if "Synchronization debug mode" not in str(other.message):
-            warnings.warn_explicit(
-                other.message, other.category, other.filename, other.lineno
-            )
-
-
-@contextlib.contextmanager
-def _sync_debug_mode(mode: str) -> Iterator[None]:
-    before = torch.cuda.get_sync_debug_mode()
-    try:
-        torch.cuda.set_sync_debug_mode(mode)
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
-
-
-def _version(tensor: torch.Tensor) -> int | None:
-    """How often it was written to; None where torch does not count."""
-    return None if tensor.is_inference() else tensor._version
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

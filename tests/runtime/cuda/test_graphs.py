@@ -18,7 +18,7 @@ from xfuser_runtime.attention.cache import KVCache
 from xfuser_runtime.attention.keys import KeyBlock
 from xfuser_runtime.config import EngineConfig, RuntimeConfig
 from xfuser_runtime.cuda.graphs import MAX_GRAPHS, MAX_STALE, CallReplayer
-from xfuser_runtime.cuda.host import HostNotes
+from xfuser_runtime.cuda.notes import HostNotes
 from xfuser_runtime.cuda.snapshot import ModelSnapshot
 from xfuser_runtime.distributed.layout import Segment, TokenLayout
 from xfuser_runtime.distributed.runtime_state import (

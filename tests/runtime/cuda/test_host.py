@@ -5,6 +5,7 @@ The device is the CPU where numbers are read, the meta device where they are sen
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 from xfuser_runtime.cuda.arguments import NotReplayable
-from xfuser_runtime.cuda.host import HostNotes, HostPlayer, HostRecorder
+from xfuser_runtime.cuda.host import HostPlayer, HostRecorder
+from xfuser_runtime.cuda.notes import HostNotes
+from xfuser_runtime.cuda.waits import WAIT
 
 MASK = torch.tensor([True, False, True, True])
 ROWS = torch.arange(12.0).view(4, 3)
@@ -206,6 +209,46 @@ class TestSent:
             torch.arange(4).to("meta")
         with pytest.raises(NotReplayable), HostPlayer(HostNotes(), "cpu"):
             MASK.nonzero()
+
+
+class TestWaits:
+    """As on CUDA, where torch warns of operations that the host waits for."""
+
+    @pytest.fixture(autouse=True)
+    def modes(self, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+        modes: list[Any] = ["before"]
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+        return modes
+
+    @pytest.mark.parametrize("is_last", [False, True])
+    def test_what_nobody_answers_for_is_refused(
+        self, modes: list[Any], is_last: bool
+    ) -> None:
+        with HostRecorder([MASK], "cuda") as recorder:
+            torch.ones(2)
+            assert recorder.notes.reason is None
+            warnings.warn(WAIT, stacklevel=1)
+            if not is_last:
+                torch.ones(2)
+                assert recorder.notes.reason is not None
+        assert recorder.notes.reason is not None
+        assert "the host waits for the device" in recorder.notes.reason
+        assert "test_host.py:" in recorder.notes.reason
+        assert modes == ["before", "warn", "before"]
+
+    def test_other_warnings_are_heard(self) -> None:
+        heard = pytest.warns(DeprecationWarning, match="soon")
+        with heard, HostRecorder([MASK], "cuda") as recorder:
+            warnings.warn("soon", DeprecationWarning, stacklevel=1)
+            warnings.warn("Synchronization debug mode is new", stacklevel=1)
+            torch.ones(2)
+        assert recorder.notes.reason is None
+
+    def test_answered_ones_are_not_warned_of(self, modes: list[Any]) -> None:
+        with HostRecorder([MASK], "cuda") as recorder:
+            recorder._awaited(torch.ones, (2,), {})
+        assert modes == ["before", "warn", "default", "warn", "before"]
 
 
 def test_compiled_code_runs_under_both() -> None:
