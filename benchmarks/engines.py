@@ -32,13 +32,6 @@ def prepare(
     )
 
 
-def _flash_attn() -> Any:
-    """The package of any version of flash-attn, None where there is none."""
-    with contextlib.suppress(ImportError):
-        return importlib.import_module("flash_attn")
-    return None
-
-
 def has_xfuser() -> bool:
     """Whether xDiT's package is installed."""
     return importlib.util.find_spec("xfuser") is not None
@@ -97,10 +90,9 @@ def _xdit(
     pipeline: Any, model: BenchmarkModel, layout: Layout, *, steps: int, **_: Any
 ) -> Any:
     # It joins the process group itself, and asks for one that it has not joined.
-    package = _flash_attn()
-    if package is not None and not hasattr(package, "__version__"):
+    with contextlib.suppress(ImportError):
         # Compiled it asks for a version, which flash-attn-4 alone does not have.
-        vars(package)["__version__"] = "0"
+        vars(importlib.import_module("flash_attn")).setdefault("__version__", "0")
     xfuser = importlib.import_module("xfuser")
     degrees = dict(layout.degrees)
     stages = degrees.get("pipefusion_parallel_degree", 1)

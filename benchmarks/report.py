@@ -39,7 +39,8 @@ def markdown(rows: list[Row], about: Mapping[str, str]) -> str:
         "`of the best peer`: other engines on as many GPUs. `another size`: what the first call of "
         "another shape takes longer. "
         "`difference`: relative L2 of the final latents to stock diffusers on one GPU, compiled "
-        "rows to compiled. `to own one`: to the same engine on one GPU, with the same kernels. `to fp32`: to the same weights and noise in fp32.",
+        "rows to compiled. `to own one`: to the same engine on one GPU, with the same kernels. "
+        "`to fp32`: to the same weights and noise in fp32.",
     ]
     for model, size in dict.fromkeys((row.model, row.size) for row in rows):
         own = [row for row in rows if (row.model, row.size) == (model, size)]

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from xfuser_runtime.cuda.notes import version_of
+from xfuser_runtime.transformers.outputs import map_leaves
+
 _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -54,20 +57,17 @@ def copied(
     value: Any, function: Callable[[torch.Tensor], Any] = lambda tensor: tensor
 ) -> Any:
     """`value` with containers and objects of its own, and `function` of each tensor."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
-    if isinstance(value, dict):
-        items = {key: copied(item, function) for key, item in value.items()}
-        return items if type(value) is dict else type(value)(**items)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(copied(item, function) for item in value))
-    if isinstance(value, (tuple, list)):
-        return type(value)(copied(item, function) for item in value)
-    if _is_holder(value):
-        made = object.__new__(type(value))
-        vars(made).update(copied(vars(value), function))
+
+    def copy(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return function(leaf)
+        if not _is_holder(leaf):
+            return leaf
+        made = object.__new__(type(leaf))
+        vars(made).update(copied(vars(leaf), function))
         return made
-    return value
+
+    return map_leaves(copy, value)
 
 
 def tensors_of(value: Any) -> list[torch.Tensor]:
@@ -86,8 +86,7 @@ def state_of(value: Any) -> list[Hashable]:
     if not _is_holder(value):
         return []
     versions: list[Hashable] = [
-        (tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
-        for tensor in tensors_of(value)
+        (tensor.data_ptr(), version_of(tensor)) for tensor in tensors_of(value)
     ]
     return [*describe(value), *versions]
 

@@ -4,8 +4,8 @@ At 1024 pixels a step on a fast GPU is bound by the launches of its kernels. A c
 shapes have been seen before is captured, collectives included, and replayed from then on; it
 composes with compiled blocks. The first call of a shape runs as it is: it loads kernels,
 makes communicators and compiles. So does the second one, in which it is noted what the host sends
-to the device and reads from it (`xfuser_runtime.cuda.host`). The arguments are copied into tensors that keep their
-address, the output is cloned, so that callers notice nothing.
+to the device and reads from it (`xfuser_runtime.cuda.host`). The arguments are copied into tensors
+that keep their address, the output is cloned, so that callers notice nothing.
 
 Messages between stages stay outside: the call is cut into graphs where they stand, so a fast
 stage waits for a slow one in no graph. A pass over a patch is captured once it leaves what it
@@ -17,11 +17,11 @@ What cannot be captured runs as before, and the log says once why.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import time
-import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ from xfuser_runtime.cuda.arguments import (
 from xfuser_runtime.cuda.host import HostRecorder, played
 from xfuser_runtime.cuda.kept import KeptState, call_sites
 from xfuser_runtime.cuda.notes import HostNotes
+from xfuser_runtime.cuda.recorder import GraphPool, GraphRecorder
 from xfuser_runtime.cuda.snapshot import ModelSnapshot
 from xfuser_runtime.distributed import parallel_state
 from xfuser_runtime.distributed.collectives import P2PChannel
@@ -58,71 +59,34 @@ MAX_VARIANTS, WORTH_CAPTURING = 4, 2
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
 
 
-class GraphPool:
-    """Memory of graphs, for as long as this is held: torch ends a pool with the last of its graphs."""
+@dataclass(frozen=True)
+class TransformerCall:
+    """`function(model, *args, **kwargs)`, and what its arguments hold."""
 
-    def __init__(self) -> None:
-        self.handle = torch.cuda.graph_pool_handle()
-        self._graph = torch.cuda.CUDAGraph()
-        _capture_one_kernel(self._graph, self.handle)
+    function: Callable[..., Any]
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
+    @property
+    def arguments(self) -> Any:
+        """All of them, nested."""
+        return self.args, self.kwargs
 
-class GraphRecorder:
-    """Within `with`: work on the current stream becomes graphs, with steps between them.
+    @functools.cached_property
+    def tensors(self) -> list[torch.Tensor]:
+        """Those among the arguments, in order."""
+        return tensors_of(self.arguments)
 
-    Args:
-        pool: the memory of the graphs.
-    """
+    @functools.cached_property
+    def device_type(self) -> str:
+        """Where it computes: no more than one device besides the host."""
+        types = {tensor.device.type for tensor in self.tensors}
+        return max(types - {"cpu"}, default="cpu")
 
-    def __init__(self, pool: GraphPool) -> None:
-        self._pool = pool
-        self._steps: list[Callable[[], object]] = []
-
-    def __enter__(self) -> GraphRecorder:
-        self._begin()
-        return self
-
-    def __exit__(self, kind: Any, *_: object) -> None:
-        # What failed may have ended the capture on its side: that this says so too tells nothing.
-        with contextlib.suppress(*() if kind is None else (RuntimeError,)):
-            self._end()
-
-    def put_between(self, step: Callable[[], object]) -> None:
-        """Let `step` run in every replay, after what was captured so far; now it does not."""
-        self._end()
-        self._steps.append(step)
-        self._begin()
-
-    def _begin(self) -> None:
-        self._graph = torch.cuda.CUDAGraph()
-        # Other threads (NCCL's watchdog) go on calling CUDA during the capture.
-        self._graph.capture_begin(
-            pool=self._pool.handle, capture_error_mode="thread_local"
-        )
-
-    def _end(self) -> None:
-        with warnings.catch_warnings():
-            # Between two messages there may be nothing.
-            warnings.filterwarnings("ignore", ".*CUDA Graph is empty")
-            try:
-                self._graph.capture_end()
-            except RuntimeError:
-                self._give_back()
-                raise
-        self._steps.append(self._graph.replay)
-
-    def _give_back(self) -> None:
-        """What torch leaves to a graph that CUDA refuses: the stream's memory, random numbers."""
-        device = torch.cuda.current_device()
-        with contextlib.suppress(RuntimeError):
-            torch._C._cuda_endAllocateToPool(device, self._pool.handle)
-            torch._C._cuda_releasePool(device, self._pool.handle)
-        _capture_one_kernel(torch.cuda.CUDAGraph())
-
-    def replay(self) -> None:
-        """Run all of it on the current stream."""
-        for step in self._steps:
-            step()
+    def run(self) -> Any:
+        """Its result."""
+        return self.function(self.model, *self.args, **self.kwargs)
 
 
 @dataclass
@@ -130,7 +94,7 @@ class CapturedCall:
     """A captured call.
 
     Args:
-        inputs: nested arguments whose tensors the graphs read.
+        inputs: the tensors that the graphs read, one for each of the arguments.
         output: nested output whose tensors the graphs write.
         replay: runs the graphs on the current stream.
         notes: what the host sends and reads meanwhile.
@@ -138,19 +102,17 @@ class CapturedCall:
         count: calls that it has answered.
     """
 
-    inputs: Any
+    inputs: list[torch.Tensor]
     output: Any
     replay: Callable[[], None]
     notes: HostNotes
     addresses: tuple[int, ...] = ()
     count: int = 0
 
-    def __call__(self, arguments: Any) -> Any:
-        """The output for other arguments of the same signature."""
+    def __call__(self, arguments: Sequence[torch.Tensor]) -> Any:
+        """The output for the tensors of other arguments of the same signature."""
         self.count += 1
-        for static, given in zip(
-            tensors_of(self.inputs), tensors_of(arguments), strict=True
-        ):
+        for static, given in zip(self.inputs, arguments, strict=True):
             static.copy_(given)
         self.replay()
         return map_tensors(torch.clone, self.output)
@@ -202,57 +164,48 @@ class CallReplayer:
         kwargs: dict[str, Any],
     ) -> Any:
         """`function(model, *args, **kwargs)`."""
+        call = TransformerCall(function, model, args, kwargs)
         if not self._is_wanted():
-            return function(model, *args, **kwargs)
+            return call.run()
         try:
             if self._snapshot is not None and not self._snapshot.holds():
                 self._forget()
             kept = self._kept(model)
-            key = (*self._key(args, kwargs), kept.form)
-            held = self._variant(key, (args, kwargs))
+            key = (*self._key(call), kept.form)
+            held = self._variant(key, call)
             if held is None and key in self._calls:
-                return self._noted(function, model, args, kwargs, kept, key)
+                return self._noted(call, kept, key)
             captured = held
             if isinstance(held, CapturedCall) and held.addresses != kept.addresses:
                 captured = held.notes
             if isinstance(captured, HostNotes):
-                captured = self._captured(function, model, args, kwargs, kept, captured)
+                captured = self._captured(call, kept, captured)
         except NotReplayable as error:
             self._tell(str(error))
-            return function(model, *args, **kwargs)
+            return call.run()
         if captured is None:
-            output, is_repeatable = self._run(function, model, args, kwargs, kept)
+            output, is_repeatable = self._run(call, kept)
             if is_repeatable:
                 self._keep(key)
             return output
         self._keep(key, captured, in_place_of=held)
         self.replays += 1
-        return captured((args, kwargs))
+        return captured(call.tensors)
 
     def _variant(
-        self, key: Hashable, arguments: Any
+        self, key: Hashable, call: TransformerCall
     ) -> CapturedCall | HostNotes | None:
         """What is held of a call in which the host sends and reads the same numbers."""
-        tensors = tensors_of(arguments)
         for held in self._calls.get(key, ()):
             notes = held.notes if isinstance(held, CapturedCall) else held
-            if notes.hold(tensors):
+            if notes.hold(call.tensors):
                 return held
         return None
 
-    def _noted(
-        self,
-        function: Callable[..., Any],
-        model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        kept: KeptState,
-        key: Hashable,
-    ) -> Any:
+    def _noted(self, call: TransformerCall, kept: KeptState, key: Hashable) -> Any:
         """The call as it is; with its notes the next one can be captured."""
-        arguments = tensors_of((args, kwargs))
-        with HostRecorder(arguments, _device_type(arguments)) as recorder:
-            output, is_repeatable = self._run(function, model, args, kwargs, kept)
+        with HostRecorder(call.tensors, call.device_type) as recorder:
+            output, is_repeatable = self._run(call, kept)
         if recorder.notes.reason is not None:
             self._num_stale = MAX_STALE + 1
             self._tell(recorder.notes.reason)
@@ -260,18 +213,12 @@ class CallReplayer:
             self._keep(key, recorder.notes)
         return output
 
-    def _run(
-        self,
-        function: Callable[..., Any],
-        model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        kept: KeptState,
-    ) -> tuple[Any, bool]:
+    def _run(self, call: TransformerCall, kept: KeptState) -> tuple[Any, bool]:
         """The call as it is; whether it left alone what others go on with."""
-        state = state_of((args, kwargs))
-        output = function(model, *args, **kwargs)
-        return output, self._kept(model) == kept and state_of((args, kwargs)) == state
+        state = state_of(call.arguments)
+        output = call.run()
+        is_kept = self._kept(call.model) == kept
+        return output, is_kept and state_of(call.arguments) == state
 
     def clear(self) -> None:
         """Drop all graphs and the memory that they hold."""
@@ -290,7 +237,7 @@ class CallReplayer:
             return False
         return self._capture is not None or not torch.cuda.is_current_stream_capturing()
 
-    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
+    def _key(self, call: TransformerCall) -> tuple[Hashable, ...]:
         """All that a graph is fixed to; calls of a pass never share one.
 
         Raises:
@@ -299,10 +246,8 @@ class CallReplayer:
         state = get_runtime_state()
         if torch.is_grad_enabled():
             raise NotReplayable("gradients are enabled")
-        description = tuple(describe((args, kwargs)))
-        devices = {
-            x.device for x in tensors_of((args, kwargs)) if x.device.type != "cpu"
-        }
+        description = tuple(describe(call.arguments))
+        devices = {x.device for x in call.tensors if x.device.type != "cpu"}
         if len(devices) > 1:
             raise NotReplayable(
                 f"arguments on {', '.join(sorted(map(str, devices)))}, a graph reads one device"
@@ -328,42 +273,36 @@ class CallReplayer:
         return KeptState.of(self._sites, self._streams)
 
     def _captured(
-        self,
-        function: Callable[..., Any],
-        model: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        kept: KeptState,
-        notes: HostNotes,
+        self, call: TransformerCall, kept: KeptState, notes: HostNotes
     ) -> CapturedCall:
         """Capture the call; nothing is computed yet.
 
         Raises:
             NotReplayable: a hook stands in the way, or the call does what no graph holds.
         """
-        _check_hooks(model)
+        _check_hooks(call.model)
         start = time.perf_counter()
-        inputs = copied((args, kwargs), torch.clone)
-        run = self._capture or self._capture_on_device
+        inputs = copied(call.arguments, torch.clone)
+        capture = self._capture or self._capture_on_device
 
-        def call() -> Any:
+        def run() -> Any:
             # The call may take its lists apart, and the tensors in them are written to later.
             own_args, own_kwargs = copied(inputs)
-            with played(notes, _device_type(tensors_of(inputs))):
-                return function(model, *own_args, **own_kwargs)
+            with played(notes, call.device_type):
+                return call.function(call.model, *own_args, **own_kwargs)
 
         try:
-            replay, output = run(call)
+            replay, output = capture(run)
         except Exception as error:
             self._num_stale = MAX_STALE + 1
             raise NotReplayable(f"the capture failed: {_first_line(error)}") from error
-        if self._kept(model) != kept:
+        if self._kept(call.model) != kept:
             self._num_stale = MAX_STALE + 1
             raise NotReplayable("passes over patches change what they keep otherwise")
         self.capture_seconds += time.perf_counter() - start
         if self._snapshot is None:
-            self._snapshot = ModelSnapshot(model)
-        return CapturedCall(inputs, output, replay, notes, kept.addresses)
+            self._snapshot = ModelSnapshot(call.model)
+        return CapturedCall(tensors_of(inputs), output, replay, notes, kept.addresses)
 
     def _capture_on_device(
         self, function: Callable[[], Any]
@@ -426,17 +365,6 @@ class CallReplayer:
         if reason not in self.reasons:
             self.reasons.append(reason)
             logger.warning("transformer calls run without a CUDA graph: %s", reason)
-
-
-def _capture_one_kernel(graph: torch.cuda.CUDAGraph, pool: Any = None) -> None:
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        torch.zeros(1, device="cuda")
-
-
-def _device_type(tensors: list[torch.Tensor]) -> str:
-    """Where a call computes: no more than one device besides the host."""
-    types = {tensor.device.type for tensor in tensors}
-    return max(types - {"cpu"}, default="cpu")
 
 
 def _check_hooks(model: nn.Module) -> None:

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from xfuser_runtime.cuda.arguments import NotReplayable
 from xfuser_runtime.cuda.notes import HostNotes, Read, Sent, version_of
 from xfuser_runtime.cuda.waits import WAIT, sync_debug_mode, waits_noticed
+from xfuser_runtime.transformers.outputs import map_tensors, tensors_in
 
 aten = torch.ops.aten
 
@@ -111,7 +111,7 @@ class _HostMode(TorchDispatchMode):
             device = kwargs.get("device")
             if device is not None and self._passes(args[0], torch.device(device)):
                 return self._pass(func, args, kwargs)
-        elif func in _READS and any(map(self._is_on_device, _tensors(args))):
+        elif func in _READS and any(map(self._is_on_device, tensors_in(args))):
             return self.read(func, args, kwargs)
         return self.other(func, args, kwargs)
 
@@ -218,23 +218,23 @@ class HostRecorder(_HostMode):
     def read(self, func: Any, args: Any, kwargs: Any) -> Any:
         value = self._awaited(func, args, kwargs)
         self._fix(
-            _tensors((args, kwargs)),
+            tensors_in((args, kwargs)),
             "the host reads numbers that do not follow from the arguments alone",
         )
-        self.notes.entries.append(Read(func, _copied(value)))
-        for tensor in _tensors(value):
+        self.notes.entries.append(Read(func, map_tensors(torch.clone, value)))
+        for tensor in tensors_in(value):
             self._put(tensor, frozenset())
         return value
 
     def other(self, func: Any, args: Any, kwargs: Any) -> Any:
-        inputs = _tensors((args, kwargs))
+        inputs = tensors_in((args, kwargs))
         origin = self._union(inputs) if _follows_from_inputs(func) else None
         # Numbers that stand in the code.
         if func is aten.lift_fresh.default:
             origin = frozenset()
         value = func(*args, **kwargs)
         written = list(_written(func, args, kwargs))
-        found = [*_tensors(value), *written]
+        found = [*tensors_in(value), *written]
         for tensor in found:
             self._put(tensor, origin)
         for tensor in written:
@@ -321,7 +321,7 @@ class HostPlayer(_HostMode):
         entry = next(self._left, None)
         if not isinstance(entry, Read) or entry.function is not func:
             raise NotReplayable(f"the host reads otherwise every time ({_caller()})")
-        return _copied(entry.value)
+        return map_tensors(torch.clone, entry.value)
 
 
 def played(notes: HostNotes, device_type: str) -> AbstractContextManager[Any]:
@@ -341,14 +341,6 @@ def _constants_in_sight() -> Iterator[None]:
         torch._C._set_only_lift_cpu_tensors(False)
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [x for x in tree_leaves(value) if isinstance(x, torch.Tensor)]
-
-
-def _copied(value: Any) -> Any:
-    return tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, value)
-
-
 def _follows_from_inputs(func: Any) -> bool:
     """An operation of torch's own whose result has no other source than its inputs."""
     return (
@@ -362,12 +354,12 @@ def _follows_from_inputs(func: Any) -> bool:
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[torch.Tensor]:
     """The arguments that an operation writes to; all, where it does not say."""
     if not isinstance(func, torch._ops.OpOverload):
-        yield from _tensors((args, kwargs))
+        yield from tensors_in((args, kwargs))
         return
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             given = args[position] if position < len(args) else None
-            yield from _tensors(kwargs.get(argument.name, given))
+            yield from tensors_in(kwargs.get(argument.name, given))
 
 
 def _caller() -> str:

@@ -37,19 +37,24 @@ def template_of(output: Any) -> Template:
     )
 
 
-def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
-    """`value` with every tensor replaced; tuples, lists, dicts and dataclass-like
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """`value` with whatever is no container replaced; tuples, lists, dicts and dataclass-like
     `ModelOutput`s keep their type."""
-    if isinstance(value, torch.Tensor):
-        return function(value)
     if isinstance(value, dict):
-        mapped = {key: map_tensors(function, item) for key, item in value.items()}
+        mapped = {key: map_leaves(function, item) for key, item in value.items()}
         return mapped if type(value) is dict else type(value)(**mapped)
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(function, item) for item in value))
+        return type(value)(*(map_leaves(function, item) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(function, item) for item in value)
-    return value
+        return type(value)(map_leaves(function, item) for item in value)
+    return function(value)
+
+
+def map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
+    """`value` with every tensor replaced, in the containers of :func:`map_leaves`."""
+    return map_leaves(
+        lambda leaf: function(leaf) if isinstance(leaf, torch.Tensor) else leaf, value
+    )
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:
