@@ -102,6 +102,7 @@ def _torchrun(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
             sys.executable,
             "-m",
             "torch.distributed.run",
+            "--standalone",
             "--nproc_per_node=2",
             str(path),
         ],

@@ -17,7 +17,7 @@ from torch.nn.attention import _sdpa_kernel
 
 from xfuser_runtime.attention.backends import run_kernel, timed_backends
 from xfuser_runtime.attention.kernels import KernelCall
-from xfuser_runtime.cuda.choice import is_worth_timing
+from xfuser_runtime.cuda.choice import MIN_KEYS
 from xfuser_runtime.cuda.kernel import kernel
 from xfuser_runtime.cuda.nodes import argument, extent, is_call, replace_call, value_of
 from xfuser_runtime.distributed.runtime_state import (
@@ -92,12 +92,12 @@ def _attention_arguments(node: Node) -> tuple[Any, ...] | None:
     )
     if mask is not None or dropout or isinstance(is_causal, Node):
         return None
-    values = [x for x in map(value_of, (query, key, value)) if x is not None]
-    if len(values) < 3 or any(x.dim() != 4 for x in values):
+    values = [value_of(x) for x in (query, key, value)]
+    if any(x is None or x.dim() != 4 for x in values):
         return None
-    if len({(x.shape[:2], x.shape[3], x.dtype) for x in values}) > 1:
+    if len({(x.shape[:2], x.shape[3], x.dtype) for x in values if x is not None}) > 1:
         return None
-    if not is_worth_timing(extent(values[1].shape[2]), extent(values[1].shape[3])):
+    if extent(values[1].shape[2]) < MIN_KEYS:  # type: ignore[union-attr]
         return None
     scale = argument(node, 6, "scale")
     return query, key, value, bool(is_causal), scale

@@ -24,36 +24,25 @@ logger = logging.getLogger(__name__)
 
 #: With fewer keys a call is over before the tiles matter.
 MIN_KEYS = 512
-#: Share of the other's time that is worth a change.
+#: Share of the other's time. Results are rounded otherwise than those of the kernel that stock
+#: diffusers takes, and the difference grows from step to step: not for a few percent.
 WORTH_IT = 0.95
-#: torch's kernels of Hopper (cuDNN) compute a head as this many channels or a multiple of it.
-#: Another kernel saves what they compute in vain, more with every row. Of full heads it saves a
-#: few percent, which differ from GPU to GPU, and its results are rounded otherwise than those of
-#: the kernel that stock diffusers takes: a difference that grows from step to step.
-FULL_CHANNELS = 64
-
-
-def is_worth_timing(num_keys: int, channels: int) -> bool:
-    """Whether another kernel than torch's may be chosen for calls with so many keys and channels."""
-    return num_keys >= MIN_KEYS and channels % FULL_CHANNELS != 0
 
 
 def is_faster(
     backend: AttentionBackend, other: AttentionBackend, call: KernelCall
 ) -> bool:
-    """Whether `backend` computes heads that `other` pads faster than it, and the same.
+    """Whether `backend` computes calls of this shape much faster than `other`, and the same.
 
     The session keeps what it found. While a graph is captured nothing can be timed, and what is
-    not known by then is no. Heads that are full for torch's kernels stay with them.
+    not known by then is no.
 
     Args:
         backend: may fail, as what a package compiles can.
         other: what it must be faster than.
         call: of the shape, without a mask; its numbers are not read.
     """
-    if not is_worth_timing(call.key.shape[1], call.query.shape[-1]):
-        return False
-    if not runtime_state_is_initialized():
+    if call.key.shape[1] < MIN_KEYS or not runtime_state_is_initialized():
         return False
     held = get_runtime_state().workspaces
     shapes = (call.query.shape, call.key.shape, call.query.dtype, call.query.device)

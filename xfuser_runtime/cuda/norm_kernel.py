@@ -47,6 +47,7 @@ def launch_with_sum(
     scale: torch.Tensor,
     shift: torch.Tensor,
     eps: float,
+    is_of_rounded: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`modulated_norm_of_sum` on a GPU."""
     batch, tokens, channels = residual.shape
@@ -66,6 +67,7 @@ def launch_with_sum(
         *(x.stride(dim) for x in factors for dim in (0, 2)),
         eps,
         GATED=gate is not None,
+        OF_ROUNDED=is_of_rounded,
         CHANNELS=channels,
         WIDTH=width,
         num_warps=_warps(width),
@@ -104,7 +106,7 @@ def _normalize(  # type: ignore[no-untyped-def]
     )
     factor = tl.load(scale + sample * scale_0 + channel * scale_2, mask=inside, other=0)
     term = tl.load(shift + sample * shift_0 + channel * shift_2, mask=inside, other=0)
-    x = _modulated(read, inside, factor, term, eps, CHANNELS)
+    x = _modulated(read, read.to(tl.float32), inside, factor, term, eps, CHANNELS)
     tl.store(
         out + sample * out_0 + token * out_1 + channel, x.to(read.dtype), mask=inside
     )
@@ -133,6 +135,7 @@ def _add_and_normalize(  # type: ignore[no-untyped-def]
     shift_2,
     eps,
     GATED: tl.constexpr,
+    OF_ROUNDED: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
@@ -147,19 +150,26 @@ def _add_and_normalize(  # type: ignore[no-untyped-def]
     if GATED:
         place = gate + sample * gate_0 + channel * gate_2
         added *= tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    row = (kept.to(tl.float32) + added).to(kept.dtype)
+    exact = kept.to(tl.float32) + added
+    row = exact.to(kept.dtype)
     place = sample * total_0 + token * total_1 + channel
     tl.store(total + place, row, mask=inside)
     factor = tl.load(scale + sample * scale_0 + channel * scale_2, mask=inside, other=0)
     term = tl.load(shift + sample * shift_0 + channel * shift_2, mask=inside, other=0)
-    x = _modulated(row, inside, factor, term, eps, CHANNELS)
+    if OF_ROUNDED:
+        exact = row.to(tl.float32)
+    x = _modulated(row, exact, inside, factor, term, eps, CHANNELS)
     tl.store(out + place, x.to(row.dtype), mask=inside)
 
 
 @triton.jit
-def _modulated(row, inside, factor, term, eps, CHANNELS):  # type: ignore[no-untyped-def]
-    """A row, zeros outside its channels, normed, scaled and shifted, in fp32."""
-    x = row.to(tl.float32)
-    x = tl.where(inside, x - tl.sum(x, 0) / CHANNELS, 0.0)
-    x *= tl.rsqrt(tl.sum(x * x, 0) / CHANNELS + eps)
+def _modulated(row, exact, inside, factor, term, eps, CHANNELS):  # type: ignore[no-untyped-def]
+    """A row normed by the moments of another, scaled and shifted, in fp32.
+
+    Both rows are zeros outside their channels.
+    """
+    mean = tl.sum(exact, 0) / CHANNELS
+    centred = tl.where(inside, exact - mean, 0.0)
+    x = row.to(tl.float32) - mean
+    x *= tl.rsqrt(tl.sum(centred * centred, 0) / CHANNELS + eps)
     return x * (1 + factor.to(tl.float32)) + term.to(tl.float32)

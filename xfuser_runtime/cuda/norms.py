@@ -46,8 +46,14 @@ def modulate_at_once(graph: Graph, *, with_computed_rows: bool = False) -> None:
             replace_call(graph, found.first, node, target, *found.arguments)
 
 
-def add_and_modulate_at_once(graph: Graph) -> None:
-    """Let one operation make each residual sum in `graph` and its modulated norm, in place."""
+def add_and_modulate_at_once(graph: Graph, *, for_compiler: bool) -> None:
+    """Let one operation make each residual sum in `graph` and its modulated norm, in place.
+
+    Args:
+        graph: of a block.
+        for_compiler: the moments are those that the compiler's own kernel would have, of the sum
+            before it is rounded.
+    """
     target = torch.ops.xfuser_kernels.modulated_norm_of_sum.default
     for node in list(graph.nodes):
         norm = _as_modulated_norm(node)
@@ -58,7 +64,7 @@ def add_and_modulate_at_once(graph: Graph) -> None:
         terms = None if total is None else _terms_of(total)
         if total is None or terms is None or any(len(x.users) > 1 for x in norm.steps):
             continue
-        arguments = (total.residual, *terms, *modulation)
+        arguments = (total.residual, *terms, *modulation, not for_compiler)
         replace_pair(graph, total.first, (rows, node), norm.steps, target, *arguments)
 
 
@@ -98,6 +104,7 @@ def modulated_norm_of_sum(
     scale: torch.Tensor,
     shift: torch.Tensor,
     eps: float,
+    is_of_rounded: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`residual + gate * rows`, rounded once, and its `modulated_norm`: (B, S, C) each.
 
@@ -105,13 +112,22 @@ def modulated_norm_of_sum(
         residual, rows: (B, S, C).
         gate: (B, 1, C) or (1, 1, C); None for one.
         scale, shift, eps: as for `modulated_norm`.
+        is_of_rounded: mean and variance are those of the rounded sum, else of the sum before it
+            is rounded. Where a few channels are large, all results hang on how these are rounded.
     """
     if residual.is_cuda:
         from xfuser_runtime.cuda.norm_kernel import launch_with_sum
 
-        return launch_with_sum(residual, rows, gate, scale, shift, eps)
-    total = residual + rows if gate is None else torch.addcmul(residual, gate, rows)
-    return total, modulated_norm([total], scale, shift, eps)
+        return launch_with_sum(residual, rows, gate, scale, shift, eps, is_of_rounded)
+    wide = torch.promote_types(residual.dtype, torch.float32)
+    exact = rows.to(wide) if gate is None else gate.to(wide) * rows
+    exact = residual + exact
+    total = exact.to(residual.dtype)
+    if is_of_rounded:
+        return total, modulated_norm([total], scale, shift, eps)
+    variance, mean = torch.var_mean(exact, dim=-1, correction=0, keepdim=True)
+    normed = (total - mean) * torch.rsqrt(variance + eps)
+    return total, (normed * (1 + scale.to(wide)) + shift).to(total.dtype)
 
 
 @dataclass(frozen=True)

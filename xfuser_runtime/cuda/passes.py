@@ -32,7 +32,7 @@ class CodePass(CustomGraphPass):
         """Rewrite the graph of a block in place."""
         if not torch.is_grad_enabled():
             # The operations are for inference.
-            _put_larger_operations(graph)
+            _put_larger_operations(graph, for_compiler=True)
             norms.modulate_at_once(graph)
 
     def uuid(self) -> Any:
@@ -65,7 +65,7 @@ def rewrite(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     """A backend of `torch.compile` that compiles nothing: larger operations, the rest as it is."""
     if not torch.is_grad_enabled():
         graph = module.graph
-        _put_larger_operations(graph)
+        _put_larger_operations(graph, for_compiler=False)
         # What the compiler makes one kernel of without being told.
         norms.modulate_at_once(graph, with_computed_rows=True)
         # Sums in what is left over would be made anew, and then nobody knows that they are.
@@ -76,10 +76,10 @@ def rewrite(module: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
     return module.forward
 
 
-def _put_larger_operations(graph: Graph) -> None:
+def _put_larger_operations(graph: Graph, *, for_compiler: bool) -> None:
     ones.drop_divisions(graph)
     attention.choose_kernels(graph)
-    norms.add_and_modulate_at_once(graph)
+    norms.add_and_modulate_at_once(graph, for_compiler=for_compiler)
     products.take_in_gelu(graph)
     products.take_in_joining(graph)
     rotary.rotate_at_once(graph)

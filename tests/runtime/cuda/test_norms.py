@@ -75,6 +75,7 @@ def test_with_the_sum(call: Callable[..., Any], for_compiler: bool) -> None:
     kernels = check(call, rows(), modulation(), rows(), for_compiler=for_compiler)
     assert names(kernels) == ["modulated_norm_of_sum"]
     assert (kernels[0].args[2] is None) == (call is behind_a_sum)
+    assert kernels[0].args[-1] is not for_compiler
 
 
 def read_before(x: torch.Tensor, made: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -189,28 +190,62 @@ def test_the_kernel(channels: int, dtype: torch.dtype, samples: int) -> None:
 @pytest.mark.parametrize("channels", [8, 72, 1152, 3072])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("is_of_rounded", [True, False])
 def test_the_kernel_with_the_sum(
-    channels: int, dtype: torch.dtype, gated: bool
+    channels: int, dtype: torch.dtype, gated: bool, is_of_rounded: bool
 ) -> None:
-    """The norm is that of the rounded sum, against doubles."""
+    """Against doubles."""
+    terms = sum_and_modulation(channels, dtype, gated)
+    total, found = modulated_norm_of_sum(
+        *(None if x is None else x.cuda() for x in terms), 1e-6, is_of_rounded
+    )
+    check_norm_of_sum((total.cpu(), found.cpu()), terms, is_of_rounded)
+
+
+@pytest.mark.parametrize("is_of_rounded", [True, False])
+def test_whose_moments(is_of_rounded: bool) -> None:
+    """With one large channel all others tell whether its rounding is in their scale."""
+    terms = sum_and_modulation(72, torch.bfloat16, gated=True)
+    results = modulated_norm_of_sum(*terms, 1e-6, is_of_rounded)
+    check_norm_of_sum(results, terms, is_of_rounded)
+    with pytest.raises(AssertionError):
+        check_norm_of_sum(results, terms, not is_of_rounded)
+
+
+def sum_and_modulation(
+    channels: int, dtype: torch.dtype, gated: bool
+) -> tuple[torch.Tensor | None, ...]:
+    """The arguments of `modulated_norm_of_sum` up to its shift.
+
+    One channel is large, and its sum of 257 none that bf16 has.
+    """
     residual, added = 3 + torch.randn(2, BATCH, IMAGE, channels).to(dtype)
+    residual[..., 0], added[..., 0] = 256, 1
     added = added.transpose(0, 1).contiguous().transpose(0, 1)
     gate, scale, shift = torch.randn(BATCH, 1, 3 * channels).to(dtype).chunk(3, -1)
-    total, found = (
-        x.cpu()
-        for x in modulated_norm_of_sum(
-            residual.cuda(),
-            added.cuda(),
-            gate.cuda() if gated else None,
-            scale.cuda(),
-            shift.cuda(),
-            1e-6,
-        )
+    gate[..., 0] = 1
+    return residual, added, gate if gated else None, scale, shift
+
+
+def check_norm_of_sum(
+    found: tuple[torch.Tensor, torch.Tensor],
+    terms: tuple[torch.Tensor | None, ...],
+    is_of_rounded: bool,
+) -> None:
+    """A sum, and its rounded rows by their own moments or by those of the exact rows."""
+    residual, added, gate, scale, shift = (
+        torch.ones(()).double() if x is None else x.double() for x in terms
     )
-    added = added.double() * (gate.double() if gated else 1)
-    check_rounding(total, residual.double() + added)
-    modulation = scale.double(), shift.double()
-    check_rounding(found, modulated_norm([total.double()], *modulation, 1e-6))
+    exact, rounded = residual + gate * added, found[0].double()
+    check_rounding(found[0], exact)
+    rows = rounded if is_of_rounded else exact
+    variance, mean = torch.var_mean(rows, dim=-1, correction=0, keepdim=True)
+    expected = (rounded - mean) / (variance + 1e-6).sqrt() * (1 + scale) + shift
+    check_rounding(found[1], expected)
+    # Roundings of single numbers do not add up to a scale of all but the large one.
+    scaled = (found[1].double() - shift)[..., 1:]
+    expected = (expected - shift)[..., 1:]
+    assert abs((scaled * expected).sum() / (expected**2).sum() - 1) < 1e-3
 
 
 def check_rounding(found: torch.Tensor, expected: torch.Tensor) -> None:
