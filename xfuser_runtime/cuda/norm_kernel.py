@@ -40,18 +40,18 @@ def launch(
     return out
 
 
-def launch_with_sum(
+def launch_of_sum(
     residual: torch.Tensor,
     rows: torch.Tensor,
     gate: torch.Tensor | None,
     scale: torch.Tensor,
     shift: torch.Tensor,
     eps: float,
-    is_of_rounded: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`modulated_norm_of_sum` on a GPU."""
+    total: torch.Tensor | None,
+) -> torch.Tensor:
+    """The norm of `modulated_norm_of_sum` on a GPU; of the exact sum without a `total` for it."""
     batch, tokens, channels = residual.shape
-    total, out = (empty_joined([residual], 1) for _ in range(2))
+    out = empty_joined([residual], 1)
     width = triton.next_power_of_2(channels)
     terms = [dense(x) for x in (residual, rows)]
     factors = [
@@ -61,18 +61,18 @@ def launch_with_sum(
     _add_and_normalize[(tokens, batch)](
         *terms,
         *factors,
-        total,
+        out if total is None else total,
         out,
-        *(stride for x in (*terms, total) for stride in x.stride()[:2]),
+        *(stride for x in (*terms, out) for stride in x.stride()[:2]),
         *(x.stride(dim) for x in factors for dim in (0, 2)),
         eps,
         GATED=gate is not None,
-        OF_ROUNDED=is_of_rounded,
+        ROUNDED=total is not None,
         CHANNELS=channels,
         WIDTH=width,
         num_warps=_warps(width),
     )
-    return total, out
+    return out
 
 
 def _warps(width: int) -> int:
@@ -106,7 +106,7 @@ def _normalize(  # type: ignore[no-untyped-def]
     )
     factor = tl.load(scale + sample * scale_0 + channel * scale_2, mask=inside, other=0)
     term = tl.load(shift + sample * shift_0 + channel * shift_2, mask=inside, other=0)
-    x = _modulated(read, read.to(tl.float32), inside, factor, term, eps, CHANNELS)
+    x = _modulated(read, inside, factor, term, eps, CHANNELS)
     tl.store(
         out + sample * out_0 + token * out_1 + channel, x.to(read.dtype), mask=inside
     )
@@ -125,8 +125,8 @@ def _add_and_normalize(  # type: ignore[no-untyped-def]
     residual_1,
     rows_0,
     rows_1,
-    total_0,
-    total_1,
+    out_0,
+    out_1,
     gate_0,
     gate_2,
     scale_0,
@@ -135,11 +135,11 @@ def _add_and_normalize(  # type: ignore[no-untyped-def]
     shift_2,
     eps,
     GATED: tl.constexpr,
-    OF_ROUNDED: tl.constexpr,
+    ROUNDED: tl.constexpr,
     CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """One row; both results have the same strides."""
+    """One row; both results have the same strides. A sum that is not rounded is not written."""
     token, sample = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     channel = tl.arange(0, WIDTH)
     inside = channel < CHANNELS
@@ -150,26 +150,22 @@ def _add_and_normalize(  # type: ignore[no-untyped-def]
     if GATED:
         place = gate + sample * gate_0 + channel * gate_2
         added *= tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    exact = kept.to(tl.float32) + added
-    row = exact.to(kept.dtype)
-    place = sample * total_0 + token * total_1 + channel
-    tl.store(total + place, row, mask=inside)
+    row = kept.to(tl.float32) + added
+    place = sample * out_0 + token * out_1 + channel
+    if ROUNDED:
+        rounded = row.to(kept.dtype)
+        tl.store(total + place, rounded, mask=inside)
+        row = rounded.to(tl.float32)
     factor = tl.load(scale + sample * scale_0 + channel * scale_2, mask=inside, other=0)
     term = tl.load(shift + sample * shift_0 + channel * shift_2, mask=inside, other=0)
-    if OF_ROUNDED:
-        exact = row.to(tl.float32)
-    x = _modulated(row, exact, inside, factor, term, eps, CHANNELS)
-    tl.store(out + place, x.to(row.dtype), mask=inside)
+    x = _modulated(row, inside, factor, term, eps, CHANNELS)
+    tl.store(out + place, x.to(kept.dtype), mask=inside)
 
 
 @triton.jit
-def _modulated(row, exact, inside, factor, term, eps, CHANNELS):  # type: ignore[no-untyped-def]
-    """A row normed by the moments of another, scaled and shifted, in fp32.
-
-    Both rows are zeros outside their channels.
-    """
-    mean = tl.sum(exact, 0) / CHANNELS
-    centred = tl.where(inside, exact - mean, 0.0)
-    x = row.to(tl.float32) - mean
-    x *= tl.rsqrt(tl.sum(centred * centred, 0) / CHANNELS + eps)
+def _modulated(row, inside, factor, term, eps, CHANNELS):  # type: ignore[no-untyped-def]
+    """A row, zeros outside its channels, normed, scaled and shifted, in fp32."""
+    x = row.to(tl.float32)
+    x = tl.where(inside, x - tl.sum(x, 0) / CHANNELS, 0.0)
+    x *= tl.rsqrt(tl.sum(x * x, 0) / CHANNELS + eps)
     return x * (1 + factor.to(tl.float32)) + term.to(tl.float32)

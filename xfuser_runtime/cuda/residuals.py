@@ -15,7 +15,9 @@ from torch.fx import Graph, Node
 from xfuser_runtime.cuda.nodes import is_call, replace_call, value_of
 
 _ADDCMUL = torch.ops.aten.addcmul.default
-_SUMS, _PRODUCTS = (operator.add, torch.add), (operator.mul, torch.mul)
+_PRODUCTS = (operator.mul, torch.mul)
+#: Calls that add.
+SUMS = (operator.add, torch.add)
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def add_gated_at_once(graph: Graph) -> None:
 
 def as_sum(node: Any) -> GatedSum | None:
     """The sum that a node is; a product that others read too is a term as any other."""
-    if not is_call(node, *_SUMS) or len(node.args) != 2 or node.kwargs:
+    if not is_call(node, *SUMS) or len(node.args) != 2 or node.kwargs:
         return None
     whole = value_of(node)
     if whole is None or not whole.is_floating_point():

@@ -141,7 +141,7 @@ def test_other_embeddings_stay(call: Callable[..., Any]) -> None:
     [
         (
             FluxTransformerBlock,
-            ["gelu_product", "modulated_norm", "modulated_norm_of_sum"] * 2
+            ["gelu_product", "modulated_norm", "modulated_norm_of_exact_sum"] * 2
             + ["rotated_heads"] * 2,
         ),
         (
