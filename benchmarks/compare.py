@@ -119,7 +119,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=[],
         metavar="MODELS",
         help="one GPU in fp32 as well, of these models or of all, and what each row differs from "
-        "it",
+        "it; and one GPU with layer norms in doubles, for what any other order of sums changes",
     )
     add(
         "--cpu",
@@ -162,8 +162,11 @@ def chosen_layouts(
     ]
     if not chosen:
         return []
-    first = [Layout(STOCK, "one", precise=True)] if model in args.fp32 else []
-    return first + found[:1] + [layout for layout in chosen if layout != found[0]]
+    stock, rest = found[0], [layout for layout in chosen if layout != found[0]]
+    if model not in args.fp32:
+        return [stock, *rest]
+    precise, exact = replace(stock, precise=True), replace(stock, exact_norms=True)
+    return [precise, stock, exact, *rest]
 
 
 def make_ports(models: Sequence[str], generated: str) -> None:
@@ -202,7 +205,7 @@ def _measure(
             size=row.size,
             steps=args.steps,
             short_steps=args.short_steps,
-            repeats=1 if row.layout.precise else args.repeats,
+            repeats=1 if row.layout.is_of_rounding else args.repeats,
             tiny=not on_gpu,
             device="cuda" if on_gpu else "cpu",
             generated=str(args.generated),
@@ -214,7 +217,7 @@ def _measure(
     if outcome.result is None:
         add_error(row, outcome.error or "failed")
         return
-    if row.layout.engine == STOCK:
+    if row.layout.engine == STOCK and not row.layout.exact_norms:
         latents.replace(reference)
         latents = reference
     add_round(row, outcome, args.steps - args.short_steps, args.steps)

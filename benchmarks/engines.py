@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from benchmarks.layouts import CONTEXT_PARALLEL, OURS, STOCK, XDIT, Layout
 from benchmarks.models import BenchmarkModel
@@ -47,6 +48,8 @@ def has_context_parallel(model: BenchmarkModel) -> bool:
 
 
 def _stock(pipeline: Any, model: BenchmarkModel, layout: Layout, **_: Any) -> Any:
+    if layout.exact_norms:
+        F.layer_norm = _exact_layer_norm
     if layout.compiled:
         _compile_blocks(pipeline.transformer)
     return pipeline
@@ -106,6 +109,22 @@ def _xdit(
     )
     engine_config, _ = engine_args.create_config()
     return getattr(xfuser, f"xFuser{model.pipeline}")(pipeline, engine_config)
+
+
+_layer_norm = F.layer_norm
+
+
+def _exact_layer_norm(
+    rows: torch.Tensor,
+    normalized_shape: Sequence[int],
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-5,
+) -> torch.Tensor:
+    """`torch.nn.functional.layer_norm` that computes in doubles."""
+    wide = (None if x is None else x.double() for x in (weight, bias))
+    normed = _layer_norm(rows.double(), list(normalized_shape), *wide, eps)
+    return normed.to(rows.dtype)
 
 
 def _join(layout: Layout) -> None:

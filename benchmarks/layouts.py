@@ -26,6 +26,8 @@ class Layout:
         graph: our transformer calls are captured.
         environment: further variables of the processes.
         precise: all numbers are fp32; what rounding costs the others is measured against it.
+        exact_norms: layer norms compute in doubles and nothing else changes: what it differs by,
+            any other order of sums does.
     """
 
     engine: str
@@ -37,6 +39,12 @@ class Layout:
     graph: bool = False
     environment: dict[str, str] = field(default_factory=dict)
     precise: bool = False
+    exact_norms: bool = False
+
+    @property
+    def is_of_rounding(self) -> bool:
+        """Whether the row is there for its result, not for its time."""
+        return self.precise or self.exact_norms
 
     @property
     def name(self) -> str:
@@ -46,6 +54,7 @@ class Layout:
         words += ["fused"] if self.fused else []
         words += ["compiled"] if self.compiled else []
         words += ["fp32"] if self.precise else []
+        words += ["exact-norms"] if self.exact_norms else []
         words += ["no-p2p"] if "NCCL_P2P_DISABLE" in self.environment else []
         return " ".join(words)
 

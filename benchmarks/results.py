@@ -105,7 +105,7 @@ def is_fine(row: Row, gate: float, rows: Iterable[Row] = ()) -> bool:
         stock.rounding
         for stock in rows
         if stock.layout.engine == STOCK
-        and not stock.layout.precise
+        and not stock.layout.is_of_rounding
         and stock.rounding is not None
         and (stock.model, stock.size) == (row.model, row.size)
     ]
@@ -119,6 +119,7 @@ def best_single(rows: Iterable[Row], *, compiled: bool | None = None) -> float |
         r
         for r in rows
         if r.layout.engine == STOCK
+        and not r.layout.is_of_rounding
         and (compiled is None or r.layout.compiled == compiled)
     )
 
@@ -130,6 +131,7 @@ def is_slower(row: Row, rows: Iterable[Row], tolerance: float = 1.02) -> bool:
     single = best_single(rows, compiled=compiled)
     return (
         single is not None
+        and not row.layout.is_of_rounding
         and row.median_ms is not None
         and row.median_ms > tolerance * single
     )

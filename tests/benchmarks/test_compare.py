@@ -78,7 +78,9 @@ def test_more_ranks_and_no_peer_access(tmp_path: Path) -> None:
     found = [(r["layout"]["mode"], bool(r["layout"]["environment"])) for r in rows]
     names = ["cfg2 ulysses2", "ulysses2 ring2", "pipefusion2 ulysses2"]
     expected = [(name, access) for access in (False, True) for name in names]
-    assert found == [("one", False), ("one", False), *expected]
+    assert found == [*[("one", False)] * 3, *expected]
+    exact = rows[2]
+    assert exact["layout"]["exact_norms"] and 1e-9 < exact["difference"] < 1e-5
     # On CPU stock diffusers is fp32 in any case.
     assert all(r["rounding"] == pytest.approx(r["difference"], abs=1e-9) for r in rows)
     assert all(r["error"] is None and r["reshape_s"] is not None for r in rows)
@@ -155,6 +157,19 @@ def test_rows_are_chosen_by_their_names(only: str, model: str, expected: int) ->
     assert not found or found[0] == Layout(STOCK, "one")
 
 
+def test_rows_for_rounding_stand_beside_stock() -> None:
+    args = build_parser().parse_args(["--gpus", "2", "--fp32", "sd3"])
+    found = chosen_layouts(args, "sd3", 128, on_gpu=False)[:3]
+    assert [x.name for x in found] == [
+        *("diffusers one fp32", "diffusers one", "diffusers one exact-norms")
+    ]
+    assert not any(x.is_of_rounding for x in chosen_layouts(args, "flux", 128, False))
+    rows = [row(STOCK, "one", 9 - number) for number in range(3)]
+    for made, layout in zip(rows, found, strict=True):
+        made.layout = layout
+    assert best_single(rows) == 8 and not any(is_slower(x, rows) for x in rows)
+
+
 def test_a_broken_expression_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as refused:
         build_parser().parse_args(["--only", "flux ("])
@@ -185,6 +200,9 @@ def test_what_is_no_further_from_fp32_than_stock_counts_as_fine() -> None:
     assert is_fine(ours, 0.01, rows) and not is_fine(ours, 0.01)
     ours.rounding = 0.029
     assert not is_fine(ours, 0.01, rows)
+    exact = row(STOCK, "one", 1)
+    exact.layout, exact.rounding = Layout(STOCK, "one", exact_norms=True), 0.03
+    assert not is_fine(ours, 0.01, [*rows, exact])
     eager.size = 2048
     ours.rounding = 0.028
     assert not is_fine(ours, 0.01, rows)
