@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from shutil import which
 from typing import Any
 
 import pytest
@@ -16,10 +17,25 @@ from xfuser_runtime.cuda.norms import (
     modulated_norm_of_exact_sum,
     modulated_norm_of_sum,
 )
+from xfuser_runtime.cuda.passes import CodePass
 
 pytestmark = pytest.mark.usefixtures("inference")
 
 BATCH, TEXT, IMAGE, CHANNELS = 2, 5, 9, 8
+DEVICES = [
+    pytest.param(
+        "cpu", marks=pytest.mark.skipif(not which("g++"), reason="needs a compiler")
+    ),
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(
+                not torch.cuda.is_available(), reason="needs a CUDA device"
+            ),
+        ],
+    ),
+]
 
 
 def rows(tokens: int = IMAGE) -> torch.Tensor:
@@ -93,6 +109,23 @@ def test_the_exact_sum(for_compiler: bool) -> None:
     kernels = check(summed_again, *arguments, for_compiler=for_compiler)
     what = "exact_sum" if for_compiler else "sum"
     assert names(kernels) == [f"modulated_norm_of_{what}"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rewrites", [True, False])
+def test_compiled_code_rounds_the_stream_once(device: str, rewrites: bool) -> None:
+    """256 + 1 + 1 is 258, whose half way no number of bf16 is: rounded, it is 256 again."""
+    ones = torch.ones(BATCH, IMAGE, CHANNELS, device=device, dtype=torch.bfloat16)
+
+    def block(x: torch.Tensor, made: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        x = x + y
+        return x + (one_stream(x, made) + 1).clamp(1, 1)
+
+    options: Any = {"pre_grad_custom_pass": CodePass()} if rewrites else {}
+    torch.compiler.reset()
+    arguments = 256 * ones, torch.zeros_like(ones[:, 0].repeat(1, 2)), ones
+    assert torch.equal(torch.compile(block, options=options)(*arguments), 258 * ones)
+    assert torch.equal(block(*arguments), 256 * ones)
 
 
 def read_before(x: torch.Tensor, made: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
