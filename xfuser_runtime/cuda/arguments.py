@@ -19,7 +19,16 @@ _CONSTANTS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 class NotReplayable(Exception):
-    """A call that no graph can stand for; the message says why."""
+    """A call that no graph can stand for.
+
+    Args:
+        reason: why.
+        is_final: no other call of the transformer is worth a try.
+    """
+
+    def __init__(self, reason: str, *, is_final: bool = False) -> None:
+        super().__init__(reason)
+        self.is_final = is_final
 
 
 def describe(value: Any, *, within: tuple[int, ...] = ()) -> Iterator[Hashable]:

@@ -155,6 +155,7 @@ class CallReplayer:
         self._snapshot: ModelSnapshot | None = None
         self._sites: list[CallSites[Any]] = []
         self._num_stale = 0
+        self._has_given_up = False
 
     def call(
         self,
@@ -182,6 +183,7 @@ class CallReplayer:
                 captured = self._captured(call, kept, captured)
         except NotReplayable as error:
             self._tell(str(error))
+            self._has_given_up = error.is_final
             return call.run()
         if captured is None:
             output, is_repeatable = self._run(call, kept)
@@ -207,8 +209,8 @@ class CallReplayer:
         with HostRecorder(call.tensors, call.device_type) as recorder:
             output, is_repeatable = self._run(call, kept)
         if recorder.notes.reason is not None:
-            self._num_stale = MAX_STALE + 1
             self._tell(recorder.notes.reason)
+            self._has_given_up = True
         elif is_repeatable:
             self._keep(key, recorder.notes)
         return output
@@ -230,7 +232,7 @@ class CallReplayer:
         state = get_runtime_state()
         if torch.compiler.is_compiling() or parallel_state.is_dry_run():
             return False
-        if not state.runtime_config.use_cuda_graph or self._num_stale > MAX_STALE:
+        if not state.runtime_config.use_cuda_graph or self._has_given_up:
             return False
         if state.num_patches > 1 and (state.patch is None or state.step == 0):
             # It begins what the passes over patches go on with.
@@ -294,11 +296,11 @@ class CallReplayer:
         try:
             replay, output = capture(run)
         except Exception as error:
-            self._num_stale = MAX_STALE + 1
-            raise NotReplayable(f"the capture failed: {_first_line(error)}") from error
+            reason = f"the capture failed: {_first_line(error)}"
+            raise NotReplayable(reason, is_final=True) from error
         if self._kept(call.model) != kept:
-            self._num_stale = MAX_STALE + 1
-            raise NotReplayable("passes over patches change what they keep otherwise")
+            reason = "passes over patches change what they keep otherwise"
+            raise NotReplayable(reason, is_final=True)
         self.capture_seconds += time.perf_counter() - start
         if self._snapshot is None:
             self._snapshot = ModelSnapshot(call.model)
@@ -360,6 +362,7 @@ class CallReplayer:
         self._num_stale += 1
         if self._num_stale > MAX_STALE:
             self._tell(reason)
+            self._has_given_up = True
 
     def _tell(self, reason: str) -> None:
         if reason not in self.reasons:
