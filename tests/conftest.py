@@ -8,7 +8,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", ".pytest_cache/hypothesis")
 
+# Ranks are forked from this process, which no pool of the compiler's or of torch's survives.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import torch  # noqa: E402
 
-# Ranks are forked from this process; a thread pool would not survive the fork, and ranks share cores.
+# Ranks also share cores.
 torch.set_num_threads(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from shutil import which
 from typing import Any
 
 import pytest
@@ -22,20 +21,6 @@ from xfuser_runtime.cuda.passes import CodePass
 pytestmark = pytest.mark.usefixtures("inference")
 
 BATCH, TEXT, IMAGE, CHANNELS = 2, 5, 9, 8
-DEVICES = [
-    pytest.param(
-        "cpu", marks=pytest.mark.skipif(not which("g++"), reason="needs a compiler")
-    ),
-    pytest.param(
-        "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(
-                not torch.cuda.is_available(), reason="needs a CUDA device"
-            ),
-        ],
-    ),
-]
 
 
 def rows(tokens: int = IMAGE) -> torch.Tensor:
@@ -111,11 +96,11 @@ def test_the_exact_sum(for_compiler: bool) -> None:
     assert names(kernels) == [f"modulated_norm_of_{what}"]
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rewrites", [True, False])
-def test_compiled_code_rounds_the_stream_once(device: str, rewrites: bool) -> None:
+def test_compiled_code_rounds_the_stream_once(rewrites: bool) -> None:
     """256 + 1 + 1 is 258, whose half way no number of bf16 is: rounded, it is 256 again."""
-    ones = torch.ones(BATCH, IMAGE, CHANNELS, device=device, dtype=torch.bfloat16)
+    ones = torch.ones(BATCH, IMAGE, CHANNELS, dtype=torch.bfloat16)
+    arguments = 256 * ones, torch.zeros_like(ones[:, 0].repeat(1, 2)), ones
 
     def block(x: torch.Tensor, made: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         x = x + y
@@ -123,7 +108,6 @@ def test_compiled_code_rounds_the_stream_once(device: str, rewrites: bool) -> No
 
     options: Any = {"pre_grad_custom_pass": CodePass()} if rewrites else {}
     torch.compiler.reset()
-    arguments = 256 * ones, torch.zeros_like(ones[:, 0].repeat(1, 2)), ones
     assert torch.equal(torch.compile(block, options=options)(*arguments), 258 * ones)
     assert torch.equal(block(*arguments), 256 * ones)
 
