@@ -23,6 +23,7 @@ from porter.generate import plan
 from porter.lock import read_lock
 from porter.shrink import make_checkpoint
 from tests.ranks import run_ranks
+from tests.torchrun import torchrun
 from xfuser_runtime import run
 from xfuser_runtime.args import xFuserArgs
 from xfuser_runtime.images import image_difference
@@ -76,20 +77,12 @@ def forked(main: Callable[[int], int]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def torchrun(folder: Path, flags: Sequence[str]) -> subprocess.CompletedProcess[str]:
+def under_torchrun(
+    folder: Path, flags: Sequence[str]
+) -> subprocess.CompletedProcess[str]:
     """The command in `folder` on two ranks of torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node=2", "-m", "xfuser_runtime.run", *CALL]
-    command += ["--prompt", PROMPT, *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    command = ["-m", "xfuser_runtime.run", *CALL, "--prompt", PROMPT, *flags]
+    return torchrun(*command, timeout=240, folder=folder)
 
 
 def test_help_names_every_flag(capsys: pytest.CaptureFixture[str]) -> None:
@@ -181,7 +174,7 @@ def bytes_of_saved_blocks(folder: Path) -> int:
 
 def test_torchrun_saves_stocks_picture_and_reports_once(workshop: Path) -> None:
     output = ["--output", "pictures/cfg.png", "--reference", "stock.png"]
-    done = torchrun(workshop, ["--use_cfg_parallel", *output])
+    done = under_torchrun(workshop, ["--use_cfg_parallel", *output])
     assert done.returncode == 0, done.stderr
     assert_same_picture(workshop / "pictures" / "cfg.png", workshop / "stock.png")
     lines = done.stdout.splitlines()
@@ -345,7 +338,7 @@ def test_a_port_of_an_older_diffusers_is_refused(told: Told, workshop: Path) -> 
 
 
 def test_a_refusal_under_torchrun_is_said_once(workshop: Path) -> None:
-    done = torchrun(workshop, ["--ring_degree", "2", "--output", "no.png"])
+    done = under_torchrun(workshop, ["--ring_degree", "2", "--output", "no.png"])
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "mode `ring` is not proven" in errors[0]

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import RankError, run_ranks
+from tests.torchrun import torchrun
 from xfuser_runtime.config import EngineConfig, ParallelConfig
 from xfuser_runtime.distributed import (
     destroy_distributed_environment,
@@ -206,19 +207,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
         "    dist.all_reduce(torch.zeros(1))\n"
     )
     start = time.monotonic()
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node=2",
-            str(script),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    done = torchrun(str(script), timeout=120)
     assert done.returncode != 0
     assert (
         "error: rank 1 (stage 0 of 1, outside the denoising loop): ValueError: boom"

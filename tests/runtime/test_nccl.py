@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.torchrun import torchrun
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"),
 ]
-
-ROOT = Path(__file__).parents[2]
 
 START = """
 import time, torch, torch.distributed as dist
@@ -94,37 +92,24 @@ with fail_together():
 """
 
 
-def _torchrun(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
+def _run(script: str, folder: Path) -> subprocess.CompletedProcess[str]:
     path = folder / "job.py"
     path.write_text(START + script)
-    return subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            str(path),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    return torchrun(str(path), timeout=200)
 
 
 @pytest.mark.parametrize(
     "script", [COLLECTIVES, CHANNELS], ids=["collectives", "channels"]
 )
 def test_over_nccl(script: str, tmp_path: Path) -> None:
-    done = _torchrun(script, tmp_path)
+    done = _run(script, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fine") == 2
 
 
 def test_a_rank_that_raises_ends_the_one_that_waits_in_nccl(tmp_path: Path) -> None:
     begin = time.monotonic()
-    done = _torchrun(FAILURE, tmp_path)
+    done = _run(FAILURE, tmp_path)
     assert done.returncode != 0
     assert (
         "error: rank 1 (stage 1 of 2, outside the denoising loop): ValueError: boom"

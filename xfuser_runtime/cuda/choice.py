@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 #: With fewer keys a call is over before the tiles matter.
 MIN_KEYS = 512
 #: Share of the other's time. Results are rounded otherwise than those of the kernel that stock
-#: diffusers takes, and the difference grows from step to step: not for a few percent.
+#: diffusers takes: not for less than what the timing may be off by.
 WORTH_IT = 0.95
 
 
 def is_faster(
     backend: AttentionBackend, other: AttentionBackend, call: KernelCall
 ) -> bool:
-    """Whether `backend` computes calls of this shape much faster than `other`, and the same.
+    """Whether `backend` computes calls of this shape faster than `other`, and the same.
 
     The session keeps what it found. While a graph is captured nothing can be timed, and what is
     not known by then is no.

@@ -6,7 +6,7 @@ what else computes rows is one kernel with the norm if the compiler makes it.
 
 The compiler makes a residual sum anew wherever it is read, from what it is the sum of, so that it is
 never rounded. Code that is not compiled rounds it, and so does the kernel that takes its place: a
-stream of residuals that is rounded twice a block, not once, is further from fp32 by a tenth.
+stream of residuals that is rounded twice a block, not once, is as far from fp32 as that code's.
 
 Shapes: B samples, S tokens, C channels.
 """

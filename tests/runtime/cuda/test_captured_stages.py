@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from porter.generate import plan
-from tests.runtime.cuda.two_processes import check_fine
+from tests.torchrun import check_fine
 
 TOYS = [
     "tests.toys.joint_pipeline:ToyJointPipeline",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.runtime.cuda.two_processes import check_fine
+from tests.torchrun import check_fine
 
 pytestmark = [
     pytest.mark.gpu,
