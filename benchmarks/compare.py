@@ -52,6 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if not report.can_plot():
+        print(
+            "note: no results.png without matplotlib (the extra plots)", file=sys.stderr
+        )
     make_ports(args.models, args.generated)
     rows = [
         Row(model, size, layout)
@@ -262,7 +266,8 @@ def _write(rows: list[Row], args: argparse.Namespace) -> None:
     path.write_text(json.dumps(data, indent=1), encoding="utf-8")
     text = report.markdown(rows, about)
     (args.output / "results.md").write_text(text, encoding="utf-8")
-    report.plot(rows, args.output / "results.png")
+    if report.can_plot():
+        report.plot(rows, args.output / "results.png")
 
 
 def machine() -> dict[str, str]:

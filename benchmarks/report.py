@@ -103,10 +103,22 @@ def _without_compiling(rows: list[Row]) -> str:
     )
 
 
+def can_plot() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def plot(rows: Iterable[Row], path: Path) -> None:
-    """Bars of the milliseconds a step; nothing without matplotlib."""
-    measured = [row for row in rows if row.median_ms is not None]
-    if not measured or importlib.util.find_spec("matplotlib") is None:
+    """Bars of the milliseconds a step, ours in a colour of their own; needs `can_plot`.
+
+    Rows that are there for their result alone are left out.
+    """
+    measured = [
+        row
+        for row in rows
+        if row.median_ms is not None and not row.layout.is_of_rounding
+    ]
+    if not measured:
         return
     import matplotlib
 
@@ -119,7 +131,11 @@ def plot(rows: Iterable[Row], path: Path) -> None:
     )
     for axis, key in zip(axes[0], keys, strict=True):
         own = [row for row in measured if (row.model, row.size) == key][::-1]
-        axis.barh([r.layout.name for r in own], [r.median_ms or 0 for r in own])
+        axis.barh(
+            [r.layout.name for r in own],
+            [r.median_ms or 0 for r in own],
+            color=["C0" if r.layout.engine == OURS else "C7" for r in own],
+        )
         axis.set_title(f"{key[0]}, {key[1]} px: ms a step")
     figure.tight_layout()
     figure.savefig(path, dpi=100)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.axes import Axes
+from PIL import Image
 
 from benchmarks import report
 from benchmarks.compare import (
@@ -64,6 +67,36 @@ def test_a_run_on_cpu(tmp_path: Path) -> None:
     assert all(added[mode] < 1e-5 for mode in ("cfg2", "ulysses2", "ring2"))
     text = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
     assert "| diffusers one " in text and "| porter ulysses2 " in text
+    with Image.open(tmp_path / "out" / "results.png") as picture:
+        assert picture.format == "PNG" and picture.height == 600
+
+
+def test_no_plot_without_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said, and the tables are written."""
+    monkeypatch.setattr(report, "can_plot", lambda: False)
+    nothing = ["--models", "", "--cpu", "--output", str(tmp_path)]
+    assert main(nothing) == 0
+    assert "no results.png without matplotlib" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "results.json",
+        "results.md",
+    ]
+
+
+def test_the_plot_has_no_rows_of_rounding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bar of fp32 would dwarf the others."""
+    drawn: list[list[str]] = []
+    monkeypatch.setattr(Axes, "barh", lambda _, names, *__, **___: drawn.append(names))
+    precise = row(STOCK, "one", 900)
+    precise.layout = replace(precise.layout, precise=True)
+    report.plot(
+        [precise, row(STOCK, "one", 180), row(OURS, "one", 170)], tmp_path / "x"
+    )
+    assert drawn == [["porter one", "diffusers one"]]
 
 
 def test_more_ranks_and_no_peer_access(tmp_path: Path) -> None:
